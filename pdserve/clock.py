@@ -1,0 +1,112 @@
+"""Time and randomness: the real ones and the reproducible ones.
+
+`LoopClock` is the time of the running asyncio loop. `run_virtual` runs a coroutine on a loop whose time
+jumps to the next timer whenever nothing is ready, so simulated hours take seconds and every run with the
+same seed is the same run. No thread and no socket may be used under it.
+"""
+
+import asyncio
+import random
+import selectors
+from collections.abc import Coroutine
+from contextlib import AbstractAsyncContextManager
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class LoopClock:
+    """The running event loop's own clock."""
+
+    def now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    def timeout(self, seconds: float | None) -> AbstractAsyncContextManager[object]:
+        return asyncio.timeout(seconds)
+
+
+class VirtualClock(LoopClock):
+    """Time of a loop made by `run_virtual`; refuses to run on any other."""
+
+    def now(self) -> float:
+        loop = asyncio.get_running_loop()
+        if not isinstance(loop, _VirtualLoop):
+            raise RuntimeError("VirtualClock needs run_virtual()")
+        return loop.time()
+
+
+class SystemRng:
+    """Randomness of the operating system."""
+
+    def __init__(self) -> None:
+        self._random = random.SystemRandom()
+
+    def random_bits(self, num_bits: int) -> int:
+        return self._random.getrandbits(num_bits)
+
+    def choose_index(self, length: int) -> int:
+        return self._random.randrange(length)
+
+
+class SeededRng:
+    """The same sequence for the same seed."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def random_bits(self, num_bits: int) -> int:
+        return self._random.getrandbits(num_bits)
+
+    def choose_index(self, length: int) -> int:
+        return self._random.randrange(length)
+
+
+class VirtualDeadlock(RuntimeError):
+    """Nothing is ready and no timer is set: the simulated system can never move again."""
+
+
+def run_virtual(main: Coroutine[Any, Any, T]) -> T:
+    """Run `main` to its end in virtual time, starting at 0. Raises VirtualDeadlock instead of hanging."""
+    with asyncio.Runner(loop_factory=_VirtualLoop) as runner:
+        return runner.run(main)
+
+
+class _VirtualSelector(selectors.BaseSelector):
+    """Never waits: a wait of t seconds moves the clock by t."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self.now = 0.0
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        return self._selector.register(fileobj, events, data)
+
+    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+        return self._selector.unregister(fileobj)
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = self._selector.select(0)
+        if ready:
+            return ready
+        if timeout is None:
+            raise VirtualDeadlock("no task is ready and no timer is set")
+        self.now += max(0.0, timeout)
+        return []
+
+    def get_map(self) -> Any:
+        return self._selector.get_map()
+
+    def close(self) -> None:
+        self._selector.close()
+
+
+class _VirtualLoop(asyncio.SelectorEventLoop):
+    def __init__(self) -> None:
+        self._virtual = _VirtualSelector()
+        super().__init__(self._virtual)
+
+    def time(self) -> float:
+        return self._virtual.now

@@ -1,0 +1,63 @@
+"""A generate request as the journey sees it: tokens in, tokens out, no text and no HTTP."""
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pdserve.contract.ids import RequestId
+from pdserve.contract.messages import FinishReason, RequestTimings
+from pdserve.contract.sampling import SamplingParams
+from pdserve.contract.tokens import TokenBytes
+from pdserve.contract.work import ModelInfo, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """Validated: every bound of `sampling` and every token id has been checked against the model."""
+
+    prompt_tokens: TokenBytes
+    sampling: SamplingParams
+    seed: int | None = None
+    """None lets the router draw one."""
+    deadline_s: float | None = None
+    """Remaining time at arrival."""
+    priority: int = 0
+    tenant: str = ""
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputDelta:
+    """New output tokens of one request, in order, each exactly once."""
+
+    tokens: TokenBytes
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish: FinishReason | None = None
+    timings: RequestTimings | None = None
+    """With the last delta."""
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Whether requests can be served now, and if not, what is missing."""
+
+    ready: bool
+    reason: str
+    workers: dict[str, int] = field(default_factory=dict)
+    """Ready workers by role."""
+
+
+class Desk(Protocol):
+    """What the HTTP and gRPC edges need from the rest of the router."""
+
+    def model_info(self) -> ModelInfo | None:
+        """None until the first worker has said what it serves."""
+        ...
+
+    def readiness(self) -> Readiness: ...
+
+    def new_request_id(self) -> RequestId: ...
+
+    def generate(self, request_id: RequestId, request: GenerateRequest) -> AsyncGenerator[OutputDelta, None]:
+        """Serve one request. Closing the generator cancels it everywhere. Raises PdserveError subclasses."""
+        ...
