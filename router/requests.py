@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from pdserve.contract.ids import RequestId
-from pdserve.contract.messages import FinishReason, RequestTimings
-from pdserve.contract.sampling import SamplingParams
+from pdserve.contract.messages import RequestTimings
+from pdserve.contract.sampling import FinishReason, SamplingParams
 from pdserve.contract.tokens import TokenBytes
 from pdserve.contract.work import ModelInfo, TokenLogprobs
 

@@ -18,7 +18,7 @@ from enum import StrEnum
 
 from pdserve.contract.errors import ErrorInfo
 from pdserve.contract.ids import BlockHash, Incarnation, RequestId, RouterId, SubmitNumber, WorkerId
-from pdserve.contract.sampling import SamplingParams
+from pdserve.contract.sampling import FinishReason, SamplingParams
 from pdserve.contract.tokens import TokenBytes
 from pdserve.contract.work import BlockCounts, LayerRange, ModelInfo, PoolExport, TokenLogprobs
 
@@ -38,13 +38,6 @@ class WorkerState(StrEnum):
     READY = "ready"
     DRAINING = "draining"
     STOPPED = "stopped"
-
-
-class FinishReason(StrEnum):
-    STOP = "stop"
-    """An end or stop token was sampled, or a stop string was found."""
-    LENGTH = "length"
-    """max_tokens or the model's length was reached."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,16 @@
 """What a request asks of the sampler."""
 
 from dataclasses import dataclass
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a request's output ended."""
+
+    STOP = "stop"
+    """An end or stop token was sampled, or a stop string was found."""
+    LENGTH = "length"
+    """max_tokens or the model's length was reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +49,16 @@ class SamplingParams:
     def needs_history(self) -> bool:
         """Whether the tokens so far change the logits."""
         return bool(self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty)
+
+
+def finish_reason(
+    params: SamplingParams, token: int, num_output_tokens: int, eos_token_ids: tuple[int, ...]
+) -> FinishReason | None:
+    """Why the output ends with `token` as the last of `num_output_tokens`; None when it goes on.
+
+    The one rule that prefill and decode workers share, so that a first token that is also the last is
+    recognised on both sides. `min_tokens` needs no check: before it, such tokens cannot be sampled.
+    """
+    if token in params.stop_token_ids or (token in eos_token_ids and not params.ignore_eos):
+        return FinishReason.STOP
+    return FinishReason.LENGTH if num_output_tokens >= params.max_tokens else None
