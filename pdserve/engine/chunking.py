@@ -1,10 +1,41 @@
-"""Where prefill chunks end. Pure.
+"""Where prefill chunks end and how many of them fit a step. Pure; shared by both rooms' schedulers."""
 
-Chunks end at fixed multiples of `chunk_tokens` counted from token 0, wherever a cached prefix ends, so that
-the same prompt is always cut at the same places.
-"""
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pdserve.contract.work import StepCost
 
 
-def next_chunk_stop(num_computed: int, num_tokens: int, chunk_tokens: int) -> int:
-    """Where the chunk that starts at `num_computed` ends: the next multiple, or the end of the prompt."""
-    return min(num_tokens, (num_computed // chunk_tokens + 1) * chunk_tokens)
+@dataclass(frozen=True, slots=True)
+class PromptProgress:
+    """A prompt of `num_tokens` of which `num_computed` leading tokens have their KV."""
+
+    num_computed: int
+    num_tokens: int
+
+
+def next_chunk_stop(progress: PromptProgress, chunk_tokens: int) -> int:
+    """Where the next chunk ends: the next multiple of `chunk_tokens` from token 0, or the prompt's end.
+
+    Fixed multiples, wherever a cached prefix ends, cut the same prompt at the same places every time.
+    """
+    return min(progress.num_tokens, (progress.num_computed // chunk_tokens + 1) * chunk_tokens)
+
+
+def fill_step(
+    prompts: Sequence[PromptProgress], chunk_tokens: int, cost: StepCost, budget_s: float, spent_s: float
+) -> list[int]:
+    """How far each prompt gets in a step that has already been given work of `spent_s` seconds.
+
+    One chunk per prompt, in order, while the predicted time stays within `budget_s`; the first prompt gets
+    its chunk in any case, so that every step makes progress. Returns the stop of each leading prompt that
+    takes part; the rest wait for a later step.
+    """
+    stops: list[int] = []
+    for progress in prompts:
+        stop = next_chunk_stop(progress, chunk_tokens)
+        spent_s += cost.per_prefill_token_s * (stop - progress.num_computed)
+        if stops and spent_s > budget_s:
+            break
+        stops.append(stop)
+    return stops

@@ -70,6 +70,12 @@ class BlockHold:
         self._num_named = len(self.block_ids)
         return self._num_named
 
+    def unpin(self) -> None:
+        """Give an adopted prefix back, to be adopted again later. Not in a step or a copy."""
+        assert not self._num_users, f"{self.owner} unpins blocks that are in use"
+        self._ledger.return_blocks(self)
+        self._num_named = 0
+
     def grow_to(self, num_blocks: int) -> None:
         """Hold at least `num_blocks`. Raises the allocator's OutOfBlocks and then holds what it held."""
         missing = num_blocks - len(self.block_ids)
@@ -176,8 +182,11 @@ class BlockLedger:
         self.note_held(hold, hold.block_ids)
 
     def give_back(self, hold: BlockHold) -> None:
-        self._forget_active(hold)
+        self.return_blocks(hold)
         self._holds.discard(hold)
+
+    def return_blocks(self, hold: BlockHold) -> None:
+        self._forget_active(hold)
         self.blocks.release(hold.block_ids)
         hold.block_ids = []
 

@@ -1,0 +1,222 @@
+"""The decode worker's end of the hand-off: one `Prefill` call.
+
+The life of one fetch:
+
+1. What the decode worker already holds of the prompt is pinned by the caller; `PrefillOpen` is sent.
+2. At `Starting` the listener reserves the whole prompt, or cannot: `Reserved` or `Busy`. After `Busy` the
+   source asks again later.
+3. Each `Segment` is copied into the own blocks by our own hand, digested there and acknowledged; whole
+   blocks whose predecessors are all there may enter the prefix cache at once.
+4. `FirstToken` is passed on as soon as it is read; it never waits for a copy.
+5. When `Sealed` has come and every segment is verified, the listener is told: now the sequence may start.
+6. `End` goes both ways. However the call ends, when `run` has returned nothing writes to the blocks any more.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from pdserve.contract.block_names import ChainRoot
+from pdserve.contract.errors import ProtocolViolation, TransferCorrupt, error_from_info
+from pdserve.contract.messages import (
+    Ack,
+    Busy,
+    End,
+    FirstToken,
+    PrefillOpen,
+    Reserved,
+    Sealed,
+    Segment,
+    Starting,
+    TransportChoice,
+)
+from pdserve.contract.ports import Call, Clock, MessageStream, Rpc
+from pdserve.contract.tokens import num_tokens
+from pdserve.handoff.digest import combine
+from pdserve.handoff.ledger import BlockHold
+from pdserve.handoff.transports.base import SegmentReceiver
+from pdserve.handoff.transports.negotiation import Transports
+from pdserve.metrics import WorkerMetrics
+from pdserve.tasks import task_scope
+
+
+@dataclass(slots=True)
+class FetchStats:
+    """What one fetch moved. Seconds and bytes."""
+
+    transport: str = ""
+    transfer_bytes: int = 0
+    transfer_s: float = 0.0
+    """Sum over segments: from the Segment message to the verified copy."""
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    cached_tokens_at_source: int = 0
+
+
+class FetchListener(Protocol):
+    """What the decode worker does as a fetch goes on. Called on the event loop; must not block."""
+
+    def reserve(self) -> int | None:
+        """Hold blocks for the whole prompt. The number of leading blocks whose KV is here already, or None
+        when there is no room now."""
+        ...
+
+    def first_token(self, first: FirstToken) -> None: ...
+
+    def sealed(self, stats: FetchStats) -> None:
+        """Every block of the prompt is verified in the own pool."""
+        ...
+
+
+class PrefillFetch:
+    """One attempt to get a prompt's KV from `address` into the blocks of `hold`."""
+
+    def __init__(
+        self,
+        address: str,
+        request: PrefillOpen,
+        root: ChainRoot,
+        hold: BlockHold,
+        listener: FetchListener,
+        rpc: Rpc,
+        transports: Transports,
+        clock: Clock,
+        metrics: WorkerMetrics,
+        block_size: int,
+        busy_retry_ms: int = 20,
+    ) -> None:
+        self._address = address
+        self._request = request
+        self._root = root
+        self._hold = hold
+        self._listener = listener
+        self._rpc = rpc
+        self._transports = transports
+        self._clock = clock
+        self._metrics = metrics
+        self._block_size = block_size
+        self._busy_retry_ms = busy_retry_ms
+        self.stats = FetchStats()
+        self._segments: asyncio.Queue[Segment] = asyncio.Queue()
+        self._verified: dict[int, int] = {}  # segment index -> digest
+        self._num_blocks_held = 0  # leading blocks that were here before
+        self._num_blocks_proven = 0  # leading blocks whose bytes are all here
+        self._sealed: Sealed | None = None
+
+    async def run(self) -> None:
+        """Fetch. Raises the PdserveError that ended the call otherwise."""
+        stream = await self._rpc.open(self._address, Call.PREFILL)
+        try:
+            await stream.send(self._request)
+            choice = await self._until_room(stream)
+            # in_use: whatever happens, blocks are given back only after the receiver has stopped writing.
+            with self._hold.in_use():
+                async with self._receiver(choice) as receiver:
+                    await stream.send(Reserved(self._num_blocks_held))
+                    await self._receive(stream, receiver)
+        finally:
+            stream.cancel()
+
+    async def _until_room(self, stream: MessageStream) -> TransportChoice:
+        """Until the source is about to start and the whole prompt is reserved here."""
+        while True:
+            match await stream.receive():
+                case Starting(transport, cached_tokens):
+                    num_held = self._listener.reserve()
+                    if num_held is not None:
+                        self._num_blocks_held = self._num_blocks_proven = num_held
+                        self.stats.transport = transport.name
+                        self.stats.cached_tokens_at_source = cached_tokens
+                        return transport
+                    await stream.send(Busy(self._busy_retry_ms))
+                case End(error) if error is not None:
+                    raise error_from_info(error)
+                case other:
+                    raise ProtocolViolation(f"{type(other).__name__} came before Reserved")
+
+    @contextlib.asynccontextmanager
+    async def _receiver(self, choice: TransportChoice) -> AsyncIterator[SegmentReceiver]:
+        receiver = await self._transports.connect(choice, self._address)
+        try:
+            yield receiver
+        finally:
+            await receiver.close()
+
+    async def _receive(self, stream: MessageStream, receiver: SegmentReceiver) -> None:
+        async with task_scope() as tasks:
+            copier = tasks.create_task(self._copy_segments(stream, receiver))
+            await self._read(stream)
+            copier.cancel()
+
+    async def _read(self, stream: MessageStream) -> None:
+        """Until the source's End. Nothing here waits for a copy."""
+        while True:
+            match await stream.receive():
+                case Segment() as segment:
+                    self._segments.put_nowait(segment)
+                case FirstToken() as first:
+                    self._listener.first_token(first)
+                case Sealed() as sealed:
+                    self._sealed = sealed
+                    await self._finish_if_proven(stream)
+                case End(error):
+                    self._check_end(End(error))
+                    return
+                case other:
+                    raise ProtocolViolation(f"{type(other).__name__} came after Reserved")
+
+    def _check_end(self, end: End) -> None:
+        if end.error is not None:
+            raise error_from_info(end.error)
+        if not self._is_proven():
+            raise ProtocolViolation("the source ended the call before every segment was verified")
+
+    async def _copy_segments(self, stream: MessageStream, receiver: SegmentReceiver) -> None:
+        while True:
+            segment = await self._segments.get()
+            ok = await self._copy(segment, receiver)
+            await stream.send(Ack(segment.index, ok))
+            if ok:
+                self._prove(segment)
+                await self._finish_if_proven(stream)
+
+    async def _copy(self, segment: Segment, receiver: SegmentReceiver) -> bool:
+        started_at = self._clock.now()
+        last = segment.first_block + segment.num_blocks
+        if segment.first_block < self._num_blocks_held or last > len(self._hold.block_ids):
+            raise ProtocolViolation(f"segment {segment.index} lies outside the reserved blocks")
+        ok = await receiver.receive(segment, self._hold.block_ids[segment.first_block : last])
+        seconds = self._clock.now() - started_at
+        self._metrics.observe_segment(self.stats.transport, segment.num_bytes, seconds, ok)
+        if ok:
+            self.stats.transfer_bytes += segment.num_bytes
+            self.stats.transfer_s += seconds
+        return ok
+
+    def _prove(self, segment: Segment) -> None:
+        self._verified[segment.index] = segment.digest
+        if segment.first_block == self._num_blocks_proven:
+            self._num_blocks_proven += segment.num_blocks
+            self._hold.publish(
+                self._root, self._request.tokens, min(self._num_blocks_proven * self._block_size, self._num_tokens)
+            )
+
+    @property
+    def _num_tokens(self) -> int:
+        return num_tokens(self._request.tokens)
+
+    def _is_proven(self) -> bool:
+        sealed = self._sealed
+        return sealed is not None and len(self._verified) == sealed.num_segments
+
+    async def _finish_if_proven(self, stream: MessageStream) -> None:
+        if not self._is_proven():
+            return
+        assert self._sealed is not None
+        if combine(self._verified.values()) != self._sealed.digest:
+            raise TransferCorrupt("the sealed digest does not match the segments")
+        self.stats.queue_s, self.stats.prefill_s = self._sealed.queue_s, self._sealed.prefill_s
+        self._listener.sealed(self.stats)
+        await stream.send(End())

@@ -1,0 +1,304 @@
+"""The source's end of the hand-off: how any worker answers `Prefill`.
+
+The life of one call here:
+
+1. `PrefillOpen` arrives; who and what it means is checked; the job joins `PrefillSource.jobs`, QUEUED.
+2. The engine loop of the worker takes the job when it is next in line and its blocks are reserved here;
+   `Starting` asks the decode worker to reserve too. `Busy` puts the job back, `Reserved` makes it READY.
+3. The loop computes chunk by chunk. Each finished run of blocks leaves as a `Segment` while the next
+   chunk is computed; at most `window` segments are unacknowledged.
+4. The first token leaves at once, past all segments.
+5. `Sealed` follows the last segment. The decode worker acknowledges, asks again for what arrived corrupt,
+   and sends its End; ours answers it.
+6. However the call ends, `serve` gives the job's blocks back: the named ones stay as prefix cache.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+
+from pdserve.contract.block_names import ChainRoot
+from pdserve.contract.errors import (
+    Cancelled,
+    FingerprintMismatch,
+    ProtocolViolation,
+    RequestTooLong,
+    StaleIncarnation,
+    TransferCorrupt,
+    Unavailable,
+    error_from_info,
+)
+from pdserve.contract.ids import Incarnation
+from pdserve.contract.messages import (
+    Ack,
+    Busy,
+    End,
+    PrefillDown,
+    PrefillOpen,
+    Reserved,
+    Sealed,
+    Segment,
+    Starting,
+)
+from pdserve.contract.ports import Clock, MessageStream
+from pdserve.contract.tokens import num_tokens
+from pdserve.contract.work import LayerRange, ModelInfo
+from pdserve.handoff.digest import combine
+from pdserve.handoff.ledger import BlockLedger
+from pdserve.handoff.prefill_job import JobState, PrefillJob, Shipment
+from pdserve.handoff.transports.base import SegmentSender
+from pdserve.handoff.transports.negotiation import Transports
+from pdserve.metrics import WorkerMetrics
+from pdserve.tasks import task_scope
+
+
+@dataclass(frozen=True, slots=True)
+class SendingSettings:
+    window_segments: int = 8
+    """How many segments may be unacknowledged."""
+    max_segment_bytes: int = 8 << 20
+    answer_timeout_s: float = 10.0
+    """How long a decode worker may take to answer Starting before the call is given up."""
+    max_resends: int = 3
+    """How often one call may ask for segments again before it is given up as corrupt."""
+
+
+class PrefillSource:
+    """Serves the Prefill calls of one worker. `wake` is called whenever the engine loop may have work."""
+
+    def __init__(
+        self,
+        transports: Transports,
+        info: ModelInfo,
+        incarnation: Incarnation,
+        clock: Clock,
+        metrics: WorkerMetrics,
+        wake: Callable[[], None],
+        settings: SendingSettings | None = None,
+    ) -> None:
+        self.jobs: list[PrefillJob] = []  # all open calls, oldest first
+        self.draining = False
+        self._transports = transports
+        self._info = info
+        self._incarnation = incarnation
+        self._clock = clock
+        self._metrics = metrics
+        self._wake = wake
+        self._settings = settings or SendingSettings()
+        self._max_segment_blocks = max(1, self._settings.max_segment_bytes // info.block_bytes)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Prompt tokens still to be computed for all open calls."""
+        return sum(job.num_to_compute for job in self.jobs)
+
+    def in_state(self, state: JobState) -> list[PrefillJob]:
+        """The jobs in `state`, oldest first."""
+        return [job for job in self.jobs if job.state is state]
+
+    def start_next(self, ledger: BlockLedger) -> PrefillJob | None:
+        """Reserve the whole prompt of the job whose turn it is; None when none waits or none fits.
+
+        Called by the engine loop between steps. The most urgent waits for room rather than being passed:
+        otherwise a long prompt would starve behind short ones.
+        """
+        now = self._clock.now()
+        waiting = [job for job in self.in_state(JobState.QUEUED) if not job.resting]
+        if not waiting:
+            return None
+        job = min(waiting, key=lambda job: (job.request.priority, job.queued_at))
+        hold = ledger.open(f"prefill {job.request.request_id}/{job.request.attempt}")
+        num_cached = hold.adopt_prefix(job.root, job.request.tokens) * self._info.block_size
+        if job.num_blocks - len(hold.block_ids) > ledger.num_available:
+            hold.release()
+            return None
+        hold.grow_to(job.num_blocks)
+        self._metrics.prefix_query_tokens.inc(job.num_prompt)
+        self._metrics.prefix_hit_tokens.inc(num_cached)
+        job.start(hold, num_cached, now)
+        return job
+
+    async def serve(self, stream: MessageStream) -> None:
+        """Handler of `Call.PREFILL`."""
+        opened = await stream.receive()
+        if not isinstance(opened, PrefillOpen):
+            raise ProtocolViolation(f"a Prefill stream starts with PrefillOpen, not {type(opened).__name__}")
+        self._check(opened)
+        root = ChainRoot(opened.fingerprint, opened.cache_salt)
+        job = PrefillJob(opened, root, self._info.block_size, self._clock.now())
+        with self._enrolled(job):
+            await _PrefillCall(self, job, stream).run()
+
+    def _check(self, opened: PrefillOpen) -> None:
+        if opened.source_incarnation != self._incarnation:
+            raise StaleIncarnation("this worker was restarted since the router learned of it")
+        if opened.fingerprint != self._info.fingerprint:
+            raise FingerprintMismatch(
+                f"{opened.decode_worker_id} serves {opened.fingerprint}, this worker {self._info.fingerprint}"
+            )
+        capacity = self._info.num_blocks * self._info.block_size
+        if num_tokens(opened.tokens) > capacity:
+            raise RequestTooLong(f"a prompt of {num_tokens(opened.tokens)} tokens does not fit a pool of {capacity}")
+        if self.draining:
+            raise Unavailable("this prefill worker is draining")
+
+    @contextlib.contextmanager
+    def _enrolled(self, job: PrefillJob) -> Iterator[None]:
+        self.jobs.append(job)
+        self._wake()
+        try:
+            yield
+        finally:
+            self.jobs.remove(job)
+            if job.state is not JobState.QUEUED:
+                job.hold.release()
+            self._wake()
+
+
+class _PrefillCall:
+    """The coroutines of one call: one reads, one ships segments, one sends the first token."""
+
+    def __init__(self, source: PrefillSource, job: PrefillJob, stream: MessageStream) -> None:
+        self._source = source
+        self._settings = source._settings
+        self._job = job
+        self._stream = stream
+        self._sending = asyncio.Lock()
+        self._answered = asyncio.Event()  # Reserved or Busy has come
+        self._finished = asyncio.Event()  # the decode worker's End has come
+        self._rest_s = 0.0  # how long the decode worker asked us to wait when it was busy
+        self._num_resends = 0
+        self._digests: dict[int, int] = {}  # segment index -> digest
+
+    async def run(self) -> None:
+        async with task_scope() as tasks:
+            reader = tasks.create_task(self._read())
+            async with self._agreed_transport() as sender:
+                first_token = tasks.create_task(self._send_first_token())
+                await self._ship(sender)
+                await first_token
+                await self._send(self._sealed())
+                await self._ship_again_until_finished(sender)
+            await reader
+            await self._send(End())
+
+    @contextlib.asynccontextmanager
+    async def _agreed_transport(self) -> AsyncIterator[SegmentSender]:
+        """Wait for our turn until both sides have reserved; then the transport to ship with."""
+        job = self._job
+        accepted = self._source._transports.choose(job.request.transports)
+        try:
+            while job.state is not JobState.READY:
+                await self._until(lambda: job.state is JobState.STARTING)
+                self._answered.clear()
+                await self._send(Starting(accepted.choice, job.num_cached))
+                await self._answer()
+                await self._wait_out_busy()
+            yield accepted.sender
+        finally:
+            await accepted.sender.close()
+
+    async def _answer(self) -> None:
+        try:
+            async with self._source._clock.timeout(self._settings.answer_timeout_s):
+                await self._answered.wait()
+        except TimeoutError:
+            raise Cancelled(
+                f"{self._job.request.decode_worker_id} did not answer Starting within "
+                f"{self._settings.answer_timeout_s} s"
+            ) from None
+
+    async def _wait_out_busy(self) -> None:
+        """A job that was put back is offered to the loop again when its time has come."""
+        if self._job.state is JobState.QUEUED:
+            await self._source._clock.sleep(self._rest_s)
+            self._job.resting = False
+            self._source._wake()
+
+    async def _read(self) -> None:
+        while True:
+            match await self._stream.receive():
+                case Reserved(first_missing_block):
+                    self._job.reserved(first_missing_block)
+                    self._answered.set()
+                    self._source._wake()
+                case Busy(retry_after_ms):
+                    self._rest_s = retry_after_ms / 1000
+                    self._job.put_back()
+                    self._answered.set()
+                    self._source._wake()
+                case Ack(index, ok):
+                    self._acknowledge(index, ok)
+                case End(error):
+                    if error is not None:
+                        raise error_from_info(error)
+                    self._finished.set()
+                    self._job.changed.set()
+                    return
+                case other:
+                    raise ProtocolViolation(f"{type(other).__name__} does not belong on a Prefill stream")
+
+    def _acknowledge(self, index: int, ok: bool) -> None:
+        if index not in self._digests:
+            raise ProtocolViolation(f"segment {index} was acknowledged before it was sent")
+        if not ok:
+            self._num_resends += 1
+            self._source._metrics.segments_resent.inc()
+            if self._num_resends > self._settings.max_resends:
+                raise TransferCorrupt(f"segments arrived corrupt {self._num_resends} times")
+        self._job.acknowledge(index, ok)
+
+    async def _ship(self, sender: SegmentSender) -> None:
+        job = self._job
+        while not job.all_shipped:
+            shipment = job.next_shipment(self._settings.window_segments, self._source._max_segment_blocks)
+            if shipment is None:
+                await self._change()
+            else:
+                await self._send(await self._segment(sender, shipment))
+
+    async def _ship_again_until_finished(self, sender: SegmentSender) -> None:
+        while not self._finished.is_set():
+            if self._job.all_shipped:
+                await self._change()
+            else:
+                await self._ship(sender)
+
+    async def _segment(self, sender: SegmentSender, shipment: Shipment) -> Segment:
+        last = shipment.first_block + shipment.num_blocks
+        segment = await sender.send(
+            shipment.index,
+            shipment.first_block,
+            self._job.hold.block_ids[shipment.first_block : last],
+            LayerRange(0, self._source._info.num_layers),
+        )
+        self._digests[shipment.index] = segment.digest
+        return segment
+
+    async def _send_first_token(self) -> None:
+        await self._until(lambda: self._job.state is JobState.COMPUTED)
+        if self._job.first_token is not None:
+            await self._send(self._job.first_token)
+
+    def _sealed(self) -> Sealed:
+        job = self._job
+        return Sealed(
+            num_segments=job.num_segments,
+            digest=combine(self._digests.values()),
+            queue_s=job.started_at - job.queued_at,
+            prefill_s=job.computed_at - job.started_at,
+        )
+
+    async def _send(self, message: PrefillDown) -> None:
+        async with self._sending:
+            await self._stream.send(message)
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            await self._change()
+
+    async def _change(self) -> None:
+        """Wait for the job's next change. Several coroutines wait: each looks again after every change."""
+        await self._job.changed.wait()
+        self._job.changed.clear()

@@ -1,0 +1,148 @@
+"""Every metric of pdserve, defined once.
+
+Times are seconds, sizes bytes. Labels are bounded: pools, states, transports, error codes and HTTP codes,
+never request ids or tenants. Worker and router ids come from the scrape target's own labels.
+"""
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from pdserve.contract.errors import ErrorCode
+from pdserve.contract.work import BlockCounts
+
+_LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 5)
+_TRANSFER_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+
+
+class WorkerMetrics:
+    """What one worker counts. `pool` is its role."""
+
+    def __init__(self, pool: str, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self._labels = {"pool": pool}
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"pdserve_{name}", text, ["pool"], registry=registry).labels(**self._labels)
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(f"pdserve_{name}", text, ["pool"], registry=registry).labels(**self._labels)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"pdserve_{name}", text, ["pool"], buckets=buckets, registry=registry).labels(
+                **self._labels
+            )
+
+        self.waiting_requests = gauge("waiting_requests", "Requests that wait for their turn or for blocks.")
+        self.backlog_tokens = gauge("backlog_tokens", "Prompt tokens still to be computed here.")
+        self.active_sequences = gauge("active_sequences", "Sequences in the running batch.")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens computed here.")
+        self.generated_tokens = counter("generated_tokens", "Output tokens sampled here.")
+        self.prefix_hit_tokens = counter("prefix_hit_tokens", "Prompt tokens found in the prefix cache.")
+        self.prefix_query_tokens = counter("prefix_query_tokens", "Prompt tokens looked up in the prefix cache.")
+        self.preemptions = counter("preemptions", "Requests sent back because blocks ran out.")
+        self.segments_resent = counter("segments_resent", "Segments sent again after a digest mismatch.")
+        self.step_seconds = histogram("engine_step_seconds", "Wall time of one engine step.", _STEP_S)
+        self.batch_sequences = histogram(
+            "engine_batch_sequences", "Sequences in one engine step.", (1, 2, 4, 8, 16, 32, 64, 128, 256)
+        )
+        self._kv_blocks = Gauge("pdserve_kv_blocks", "KV blocks by state.", ["pool", "state"], registry=registry)
+        self._requests = Counter(
+            "pdserve_worker_requests", "Requests that ended here, by outcome.", ["pool", "outcome"], registry=registry
+        )
+        self._transfer_bytes = Counter(
+            "pdserve_kv_transfer_bytes", "KV bytes received and verified.", ["pool", "transport"], registry=registry
+        )
+        self._transfer_seconds = Histogram(
+            "pdserve_kv_segment_seconds",
+            "From a segment's announcement to its verified copy.",
+            ["pool", "transport"],
+            buckets=_TRANSFER_S,
+            registry=registry,
+        )
+        self._segments = Counter(
+            "pdserve_kv_segments",
+            "KV segments received, by verification result.",
+            ["pool", "transport", "result"],
+            registry=registry,
+        )
+
+    def observe_segment(self, transport: str, num_bytes: int, seconds: float, verified: bool) -> None:
+        pool = self._labels["pool"]
+        self._segments.labels(pool, transport, "verified" if verified else "corrupt").inc()
+        self._transfer_seconds.labels(pool, transport).observe(seconds)
+        if verified:
+            self._transfer_bytes.labels(pool, transport).inc(num_bytes)
+
+    def follow_blocks(self, counts: Callable[[], BlockCounts]) -> None:
+        """Export the blocks by state, read at scrape time."""
+        for state in ("free", "cached", "reserved", "active"):
+            gauge = self._kv_blocks.labels(self._labels["pool"], state)
+            gauge.set_function(lambda state=state: getattr(counts(), state))
+
+    def count_end(self, outcome: str) -> None:
+        """`outcome` is a finish reason or an error code."""
+        self._requests.labels(self._labels["pool"], outcome).inc()
+
+
+class RouterMetrics:
+    """What one router counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self.running_requests = Gauge(
+            "pdserve_router_running_requests", "Requests admitted and not ended.", registry=registry
+        )
+        self.waiting_requests = Gauge(
+            "pdserve_router_waiting_requests", "Admitted requests that no worker has yet.", registry=registry
+        )
+        self.waiting_tokens = Gauge(
+            "pdserve_router_waiting_tokens", "Prompt tokens of admitted requests that no worker has yet.", registry=registry
+        )
+        self.attempts = Counter("pdserve_router_attempts", "Submissions to decode workers.", registry=registry)
+        self.prompt_tokens = Counter("pdserve_router_prompt_tokens", "Prompt tokens admitted.", registry=registry)
+        self.output_tokens = Counter("pdserve_router_output_tokens", "Output tokens delivered.", registry=registry)
+        self.time_to_first_token = Histogram(
+            "pdserve_time_to_first_token_seconds",
+            "From admission to the first output token.",
+            buckets=_LATENCY_S,
+            registry=registry,
+        )
+        self.inter_token = Histogram(
+            "pdserve_inter_token_seconds",
+            "Between two output tokens of one request.",
+            buckets=_STEP_S,
+            registry=registry,
+        )
+        self.end_to_end = Histogram(
+            "pdserve_request_seconds", "From admission to the last token.", buckets=_LATENCY_S, registry=registry
+        )
+        self._requests = Counter(
+            "pdserve_router_requests", "Requests that ended, by outcome.", ["outcome"], registry=registry
+        )
+        self._recoveries = Counter(
+            "pdserve_router_recoveries",
+            "Requests placed again after an attempt failed, by cause.",
+            ["cause"],
+            registry=registry,
+        )
+        self._http = Counter(
+            "pdserve_http_responses", "HTTP and gRPC responses.", ["endpoint", "status"], registry=registry
+        )
+
+    def count_end(self, outcome: str) -> None:
+        """`outcome` is a finish reason or an error code."""
+        self._requests.labels(outcome).inc()
+
+    def count_recovery(self, cause: ErrorCode) -> None:
+        self._recoveries.labels(cause.value).inc()
+
+    def count_response(self, endpoint: str, status: str) -> None:
+        self._http.labels(endpoint, status).inc()
+
+    def follow_workers(self, count: Callable[[], float]) -> None:
+        """Export how many workers this router can use, read at scrape time."""
+        Gauge(
+            "pdserve_router_ready_workers", "Workers this router can use.", registry=self.registry
+        ).set_function(count)
