@@ -1,0 +1,201 @@
+"""A worker put together: engine, pool, streams and one replaceable role. Knows both rooms; no Ray."""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry
+
+from decode_worker.loop import DecodeLoop, DecodeSettings
+from decode_worker.streams import SessionServer
+from pdserve.contract.block_names import ChainRoot
+from pdserve.contract.ids import Incarnation, SubmitNumber, WorkerId
+from pdserve.contract.messages import Hello, Member, Role, WorkerLoad, WorkerState
+from pdserve.contract.ports import Call, Clock, Engine, EngineExecutor, Handler, Rng, Rpc, RpcServer
+from pdserve.contract.work import BlockCounts
+from pdserve.engine.block_allocator import BlockAllocator
+from pdserve.handoff.ledger import BlockLedger
+from pdserve.handoff.sending import PrefillSource, SendingSettings
+from pdserve.handoff.transports.base import LocalSide
+from pdserve.handoff.transports.negotiation import DEFAULT_ORDER, Transports
+from pdserve.metrics import WorkerMetrics
+from pdserve.rpc.watch import WatchServer
+from pdserve.tasks import cancel_and_wait
+from prefill_worker.loop import PrefillLoop
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    decode: DecodeSettings = field(default_factory=DecodeSettings)
+    sending: SendingSettings = field(default_factory=SendingSettings)
+    transports: tuple[str, ...] = DEFAULT_ORDER
+
+
+class Loop(Protocol):
+    """What PrefillLoop and DecodeLoop have in common."""
+
+    num_steps: int
+    last_step_s: float
+
+    @property
+    def running_sequences(self) -> int: ...
+    @property
+    def running_context_tokens(self) -> int: ...
+    @property
+    def waiting_requests(self) -> int: ...
+    async def run(self) -> None: ...
+
+
+class Worker:
+    """One rank of one pool, from `start` to `stop`."""
+
+    def __init__(
+        self,
+        worker_id: WorkerId,
+        role: Role,
+        engine: Engine,
+        executor: EngineExecutor,
+        rpc: Rpc,
+        clock: Clock,
+        rng: Rng,
+        settings: WorkerSettings | None = None,
+    ) -> None:
+        settings = settings or WorkerSettings()
+        self.worker_id = worker_id
+        self.role = role
+        self.incarnation = Incarnation(rng.random_bits(63))
+        self.state = WorkerState.STARTING
+        self.registry = CollectorRegistry()
+        self.metrics = WorkerMetrics(role.value, self.registry)
+        self._info = engine.info
+        self._executor = executor
+        self._rpc = rpc
+        self._server: RpcServer | None = None
+        self._running: asyncio.Task[None] | None = None
+        self._work = asyncio.Event()
+        self._allocator = BlockAllocator(engine.info.num_blocks, engine.info.block_size)
+        self.ledger = BlockLedger(self._allocator)
+        side = LocalSide(engine.blocks, engine.info.num_layers, executor, rpc, clock, rng)
+        self._transports = Transports(side, settings.transports)
+        self.calls = PrefillSource(
+            self._transports,
+            engine.info,
+            self.incarnation,
+            clock,
+            self.metrics,
+            self._work.set,
+            settings.sending,
+        )
+        self._sessions: SessionServer | None = None
+        self.loop = self._make_loop(engine, clock, settings)
+        self._watches = WatchServer(self._hello(), self._allocator, self.load, clock)
+        self._export_gauges()
+
+    @property
+    def address(self) -> str:
+        """host:port of the worker's streams; only after `start`."""
+        assert self._server is not None, "the worker has not been started"
+        return self._server.address
+
+    async def start(self, address: str) -> Member:
+        """Serve at `address` (port 0 picks one); what the controller tells the routers."""
+        self._server = await self._rpc.serve(address, self._handlers())
+        self._running = asyncio.create_task(self.loop.run())
+        self.state = WorkerState.READY
+        return self.member()
+
+    def member(self) -> Member:
+        return Member(
+            self.worker_id, self.address, self.incarnation, self.role, self._info.revision, self.state
+        )
+
+    def load(self, watcher: Incarnation) -> WorkerLoad:
+        """What the worker has to do and to give, as told to `watcher`."""
+        step_s = self.loop.last_step_s
+        return WorkerLoad(
+            state=self.state,
+            waiting_requests=self.loop.waiting_requests,
+            waiting_tokens=self._waiting_tokens(),
+            running_sequences=self.loop.running_sequences,
+            running_context_tokens=self.loop.running_context_tokens,
+            blocks=self.ledger.counts(),
+            step=self.loop.num_steps,
+            last_submit=self._sessions.last_submit(watcher) if self._sessions else SubmitNumber(0),
+            prefill_tokens_per_s=0.0,
+            decode_step_s=step_s,
+        )
+
+    def block_counts(self) -> BlockCounts:
+        return self.ledger.counts()
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Break all streams and end the loop; every hold is released."""
+        self.state = WorkerState.STOPPED
+        if self._server is not None:
+            await self._server.stop(grace_s)
+        if self._running is not None:
+            await cancel_and_wait(self._running)
+        await self._transports.close()
+        await self._rpc.close()
+        await self._executor.close()
+
+    def check(self) -> None:
+        """Raise what ended the loop, if it has ended, and AssertionError when the ledger does not balance."""
+        if self._running is not None and self._running.done() and not self._running.cancelled():
+            self._running.result()
+        self.ledger.check_integrity()
+
+    def _make_loop(self, engine: Engine, clock: Clock, settings: WorkerSettings) -> Loop:
+        if self.role is Role.PREFILL:
+            return PrefillLoop(
+                engine.info,
+                engine.cost,
+                self._executor,
+                self.ledger,
+                self.calls,
+                clock,
+                self.metrics,
+                self._work,
+                settings.decode.step_budget_s,
+            )
+        loop = DecodeLoop(
+            self.worker_id,
+            engine.info,
+            engine.cost,
+            self._executor,
+            self.ledger,
+            self.calls,
+            self._transports,
+            self._rpc,
+            clock,
+            self.metrics,
+            self._work,
+            settings.decode,
+        )
+        self._sessions = SessionServer(self.incarnation, loop)
+        return loop
+
+    def _handlers(self) -> Mapping[Call, Handler]:
+        handlers: dict[Call, Handler] = {
+            Call.WATCH: self._watches.serve,
+            Call.PREFILL: self.calls.serve,
+            Call.KV: self._transports.kv_handler,
+        }
+        if self._sessions is not None:
+            handlers[Call.SESSION] = self._sessions.serve
+        return handlers
+
+    def _hello(self) -> Hello:
+        root = ChainRoot(self._info.fingerprint)
+        return Hello(self.worker_id, self.incarnation, self.role, self._info, root.digest)
+
+    def _waiting_tokens(self) -> int:
+        own = self.loop.waiting_tokens if isinstance(self.loop, DecodeLoop) else 0
+        return own + self.calls.num_waiting_tokens
+
+    def _export_gauges(self) -> None:
+        self.metrics.waiting_requests.set_function(lambda: self.loop.waiting_requests)
+        self.metrics.backlog_tokens.set_function(self._waiting_tokens)
+        self.metrics.active_sequences.set_function(lambda: self.loop.running_sequences)
+        self.metrics.follow_blocks(self.ledger.counts)

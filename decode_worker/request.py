@@ -1,0 +1,173 @@
+"""One submission at a decode worker: few facts, the rest derived."""
+
+import asyncio
+from enum import StrEnum
+from typing import Protocol
+
+from pdserve.contract.block_names import ChainRoot, blocks_for
+from pdserve.contract.ids import SubmitNumber
+from pdserve.contract.messages import Failed, Refused, RequestTimings, Submit, TokenEvent
+from pdserve.contract.sampling import FinishReason, finish_reason
+from pdserve.contract.tokens import num_tokens, pack_tokens, slice_tokens
+from pdserve.contract.work import SampledToken, SampleRequest, SequenceStep
+from pdserve.handoff.ledger import BlockHold
+
+MAX_REPLAY_TOKENS = 256
+"""Known output tokens that one step computes again at most."""
+
+
+class TokenSink(Protocol):
+    """Where a request's tokens go: one router's Session (`decode_worker.streams.RouterSession`)."""
+
+    def emit(self, event: TokenEvent, timings: RequestTimings | None = None) -> None:
+        """Part of the next frame."""
+        ...
+
+    def flush(self, step: int) -> None:
+        """Send what was emitted, as one frame."""
+        ...
+
+    def answer(self, message: Refused | Failed) -> None: ...
+
+
+class Phase(StrEnum):
+    WAITING = "waiting"
+    """Pins what the cache holds; nothing else is reserved. Split: queued at the prefill worker."""
+    RECEIVING = "receiving"
+    """The whole prompt is reserved; segments arrive."""
+    PREFILLING = "prefilling"
+    """The whole prompt is reserved; this worker computes it."""
+    DECODING = "decoding"
+    """Part of the running batch."""
+    ENDED = "ended"
+    """Holds nothing."""
+
+
+_LEGAL_MOVES = {
+    (Phase.WAITING, Phase.RECEIVING),
+    (Phase.WAITING, Phase.PREFILLING),
+    (Phase.RECEIVING, Phase.DECODING),
+    (Phase.PREFILLING, Phase.DECODING),
+    (Phase.WAITING, Phase.ENDED),
+    (Phase.RECEIVING, Phase.ENDED),
+    (Phase.PREFILLING, Phase.ENDED),
+    (Phase.DECODING, Phase.ENDED),
+}
+
+
+class DecodeRequest:
+    """0 <= num_computed <= num_tokens; `tokens` is the prompt and all output tokens so far."""
+
+    def __init__(
+        self,
+        sink: TokenSink,
+        submit: Submit,
+        root: ChainRoot,
+        hold: BlockHold,
+        block_size: int,
+        deterministic: bool,
+        now: float,
+    ) -> None:
+        self.sink = sink
+        self.submit = submit
+        self.root = root
+        self.hold = hold
+        self.phase = Phase.WAITING
+        self.arrived_at = now
+        self.no_room_since: float | None = None
+        """Since when it has been told that there is no room."""
+        self.tokens = bytearray(submit.prompt_tokens + submit.known_output_tokens)
+        self.num_prompt = num_tokens(submit.prompt_tokens)
+        self.num_computed = 0
+        self.finish: FinishReason | None = None
+        self.timings = RequestTimings()
+        self.fetch: asyncio.Task[None] | None = None
+        self._block_size = block_size
+        # Exactness: known output tokens are computed in the shape in which they were computed first.
+        self.num_to_prefill = self.num_prompt if deterministic else num_tokens(self.tokens)
+
+    @property
+    def number(self) -> SubmitNumber:
+        return self.submit.number
+
+    @property
+    def num_tokens(self) -> int:
+        return num_tokens(self.tokens)
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens so far, those of earlier attempts included."""
+        return self.num_tokens - self.num_prompt
+
+    @property
+    def prefill_samples(self) -> bool:
+        """Whether the token after the prefilled ones is still unknown."""
+        return self.num_to_prefill == num_tokens(self.submit.prompt_tokens + self.submit.known_output_tokens)
+
+    @property
+    def prefill_tokens(self) -> bytes:
+        return slice_tokens(self.tokens, 0, self.num_to_prefill)
+
+    @property
+    def num_blocks_to_prefill(self) -> int:
+        return blocks_for(self.num_to_prefill, self._block_size)
+
+    @property
+    def num_blocks_needed(self) -> int:
+        """To compute every token that is known now."""
+        return blocks_for(self.num_tokens, self._block_size)
+
+    @property
+    def most_tokens(self) -> int:
+        """Prompt and output together when the request runs to max_tokens."""
+        return self.num_prompt + self.submit.sampling.max_tokens
+
+    @property
+    def ended(self) -> bool:
+        return self.phase is Phase.ENDED
+
+    def move(self, to: Phase) -> None:
+        assert (self.phase, to) in _LEGAL_MOVES, f"a request cannot go from {self.phase} to {to}"
+        self.phase = to
+
+    def prefill_step(self, stop: int) -> SequenceStep:
+        """Compute the prompt up to `stop`; samples when that is all that was known."""
+        samples = stop == self.num_to_prefill and self.prefill_samples
+        return SequenceStep(
+            tokens=slice_tokens(self.tokens, self.num_computed, stop),
+            start=self.num_computed,
+            block_ids=self.hold.block_ids,
+            sample=self.sample_request(stop) if samples else None,
+        )
+
+    def decode_step(self) -> SequenceStep:
+        """Compute what is not computed yet, ordinarily the one token sampled last, and sample the next."""
+        stop = min(self.num_tokens, self.num_computed + MAX_REPLAY_TOKENS)
+        return SequenceStep(
+            tokens=slice_tokens(self.tokens, self.num_computed, stop),
+            start=self.num_computed,
+            block_ids=self.hold.block_ids,
+            sample=self.sample_request(stop) if stop == self.num_tokens else None,
+            as_decode=True,
+        )
+
+    def sample_request(self, position: int) -> SampleRequest:
+        params = self.submit.sampling
+        return SampleRequest(
+            params=params,
+            seed=self.submit.seed,
+            position=position,
+            output_index=position - self.num_prompt,
+            history=slice_tokens(self.tokens, 0, position) if params.needs_history else b"",
+            num_prompt_tokens=self.num_prompt,
+        )
+
+    def computed(self, stop: int) -> None:
+        """KV for all tokens before `stop` is in the pool: name the full blocks."""
+        self.num_computed = stop
+        self.hold.publish(self.root, self.tokens, stop)
+
+    def append(self, sampled: SampledToken, eos_token_ids: tuple[int, ...]) -> None:
+        """The next output token."""
+        self.tokens += pack_tokens((sampled.token,))
+        self.finish = finish_reason(self.submit.sampling, sampled.token, self.num_output, eos_token_ids)
