@@ -1,0 +1,146 @@
+"""What the router believes about every worker, and how old that belief is. No I/O.
+
+`links` feeds it from the workers' Watch streams, the controller feeds it memberships, and `journey` books
+what it has just sent somewhere, because a worker's report about it comes a moment later.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pdserve.contract.ids import BlockHash, WorkerId
+from pdserve.contract.messages import Hello, Member, Members, Report, Role, WorkerLoad, WorkerState
+from pdserve.contract.work import ModelInfo
+from router.placement import Candidate
+from router.prefix_index import PrefixIndex
+
+PAIR_TIMEOUT_S = 5.0
+"""How long a pair whose hand-off failed is not used."""
+
+
+@dataclass(slots=True, eq=False)
+class WorkerView:
+    """One member."""
+
+    member: Member
+    hello: Hello | None = None
+    load: WorkerLoad | None = None
+    reported_at: float = 0.0
+    connected: bool = False
+    """Its streams are open: Watch, and for decode workers the Session."""
+    booked_tokens: dict[object, int] = field(default_factory=dict)
+    """Attempt -> tokens sent here whose work is not done yet."""
+
+    @property
+    def usable(self) -> bool:
+        ready = self.load is not None and self.load.state is WorkerState.READY
+        return self.connected and ready and self.member.state is WorkerState.READY
+
+    @property
+    def queued_tokens(self) -> int:
+        """The larger of what the worker reports and what this router has sent there: the report is late,
+        and other routers send too."""
+        reported = 0
+        if self.load is not None:
+            reported = self.load.waiting_tokens
+            if self.member.role is not Role.PREFILL:
+                reported += self.load.running_context_tokens
+        return max(reported, sum(self.booked_tokens.values()))
+
+
+class Fleet:
+    """All members, the prefix index, and the pairs that do not work at the moment."""
+
+    def __init__(self) -> None:
+        self.workers: dict[WorkerId, WorkerView] = {}
+        self.index = PrefixIndex()
+        self.num_index_mismatches = 0
+        self.epoch = -1
+        self.changed = asyncio.Event()
+        self._failed_pairs: dict[tuple[WorkerId, WorkerId], float] = {}  # (prefill, decode) -> until
+
+    # What the controller says.
+
+    def set_members(self, members: Members) -> None:
+        """Take over a membership, unless it is older than the last one."""
+        if members.epoch < self.epoch:
+            return
+        self.epoch = members.epoch
+        named = {member.worker_id: member for member in members.members}
+        for worker_id in [worker_id for worker_id in self.workers if worker_id not in named]:
+            self.lost(self.workers.pop(worker_id))
+        for worker_id, member in named.items():
+            self._set_member(worker_id, member)
+        self.changed.set()
+
+    # What the workers say.
+
+    def hello(self, view: WorkerView, hello: Hello) -> None:
+        view.hello = hello
+        self.index.add_worker(hello.incarnation)
+
+    def report(self, view: WorkerView, report: Report, now: float) -> bool:
+        """Take over a report; False when the index has lost count of the worker and needs a new snapshot."""
+        view.load, view.reported_at = report.load, now
+        self.index.store(report.incarnation, report.stored)
+        self.index.remove(report.incarnation, report.removed)
+        self.index.sweep()
+        agrees = self.index.agrees(report.incarnation, report.num_names, report.xor_names)
+        self.num_index_mismatches += not agrees
+        self.changed.set()
+        return agrees
+
+    def connected(self, view: WorkerView) -> None:
+        view.connected = True
+        self.changed.set()
+
+    def lost(self, view: WorkerView) -> None:
+        """The worker's streams have broken; nothing that it said counts any more."""
+        view.connected = False
+        view.load = None
+        if view.hello is not None:
+            self.index.remove_worker(view.hello.incarnation)
+        self.changed.set()
+
+    def pair_failed(self, prefill: WorkerId, decode: WorkerId, now: float) -> None:
+        """A hand-off between two workers failed: do not try that pair for a while."""
+        self._failed_pairs[prefill, decode] = now + PAIR_TIMEOUT_S
+
+    # What the journey asks.
+
+    def model_info(self) -> ModelInfo | None:
+        """Of any worker that has said what it serves; all members serve the same model."""
+        hellos = (view.hello for view in self.workers.values() if view.hello is not None)
+        return next((hello.model for hello in hellos), None)
+
+    def candidates(
+        self, names: Sequence[BlockHash], block_size: int, roles: Sequence[Role]
+    ) -> list[Candidate]:
+        """The usable workers of `roles`, with what they hold of a prompt with these block names."""
+        held = self.index.num_held_blocks(names)
+        return [
+            Candidate(
+                worker_id=view.member.worker_id,
+                fingerprint=view.hello.model.fingerprint,
+                held_tokens=held.get(view.hello.incarnation, 0) * block_size,
+                queued_tokens=view.queued_tokens,
+            )
+            for view in self.workers.values()
+            if view.usable and view.hello is not None and view.member.role in roles
+        ]
+
+    def unusable_pairs(self, now: float) -> frozenset[tuple[WorkerId, WorkerId]]:
+        self._failed_pairs = {pair: until for pair, until in self._failed_pairs.items() if until > now}
+        return frozenset(self._failed_pairs)
+
+    def num_usable(self, role: Role) -> int:
+        return sum(view.usable and view.member.role is role for view in self.workers.values())
+
+    def _set_member(self, worker_id: WorkerId, member: Member) -> None:
+        view = self.workers.get(worker_id)
+        if view is not None and view.member.incarnation == member.incarnation:
+            view.member = member
+        else:
+            if view is not None:
+                self.lost(view)
+            self.workers[worker_id] = WorkerView(member)

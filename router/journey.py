@@ -1,0 +1,330 @@
+"""One request from admission to its last token. Read this first.
+
+    admit -> place -> submit -> stream ... -> finished
+               ^                   |
+               +---- attempt lost -+   (the same request with a longer known output)
+
+Each output token is passed on exactly once, in order: events carry the index of their first token, and an
+attempt is told which tokens the client already has. Closing the generator cancels the attempt, and with it
+everything that hangs below it in the call tree.
+"""
+
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from pdserve.contract.block_names import ChainRoot, name_blocks
+from pdserve.contract.errors import (
+    DeadlineExceeded,
+    ErrorCode,
+    ErrorInfo,
+    PdserveError,
+    ProtocolViolation,
+    Unavailable,
+    error_from_info,
+)
+from pdserve.contract.ids import BlockHash, RequestId, SubmitNumber, WorkerId
+from pdserve.contract.messages import PrefillSource, Role, Submit
+from pdserve.contract.ports import Clock, Rng
+from pdserve.contract.tokens import BYTES_PER_TOKEN, num_tokens
+from pdserve.metrics import RouterMetrics
+from router.admission import Admission
+from router.fleet import Fleet, WorkerView
+from router.links import Links, Submission, SubmissionEnd, SubmissionTokens
+from router.placement import Placement, choose
+from router.requests import GenerateRequest, OutputDelta
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class JourneySettings:
+    queue_timeout_s: float = 60.0
+    """How long a request may wait for a worker that can take it."""
+    max_fruitless_attempts: int = 8
+    """Attempts in a row without a new token after which the last error is the client's."""
+    refusal_pause_s: float = 0.05
+    """Before placing again what a worker has refused."""
+
+
+@dataclass(slots=True, eq=False)
+class Progress:
+    """How far one request is."""
+
+    request_id: RequestId
+    request: GenerateRequest
+    seed: int
+    admitted_at: float
+    deadline_at: float | None
+    names: list[BlockHash] = field(default_factory=list)  # of the prompt's full blocks
+    output: bytearray = field(default_factory=bytearray)  # tokens that the client has
+    attempt: int = 0
+    fruitless_attempts: int = 0
+    last_token_at: float = 0.0
+
+    @property
+    def num_prompt(self) -> int:
+        return num_tokens(self.request.prompt_tokens)
+
+
+class Journey:
+    """Serves requests on the workers of a fleet."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        links: Links,
+        admission: Admission,
+        clock: Clock,
+        rng: Rng,
+        metrics: RouterMetrics,
+        settings: JourneySettings,
+    ) -> None:
+        self._fleet = fleet
+        self._links = links
+        self._admission = admission
+        self._clock = clock
+        self._rng = rng
+        self._metrics = metrics
+        self._settings = settings
+        self._num_placed = 0
+
+    async def generate(
+        self, request_id: RequestId, request: GenerateRequest
+    ) -> AsyncGenerator[OutputDelta, None]:
+        """Serve one request. Closing the generator cancels it everywhere. Raises PdserveError subclasses."""
+        progress = self._admit(request_id, request)
+        outcome = ErrorCode.CANCELLED.value
+        try:
+            async with aclosing(self._attempts(progress)) as deltas:
+                async for delta in deltas:
+                    self._observe(progress, delta)
+                    if delta.finish is not None:
+                        outcome = delta.finish.value
+                    yield delta
+        except PdserveError as error:
+            outcome = error.info.code.value
+            raise
+        finally:
+            self._leave(progress, outcome)
+
+    def _admit(self, request_id: RequestId, request: GenerateRequest) -> Progress:
+        self._admission.enter(num_tokens(request.prompt_tokens))
+        self._metrics.running_requests.inc()
+        now = self._clock.now()
+        return Progress(
+            request_id=request_id,
+            request=request,
+            seed=self._rng.random_bits(63) if request.seed is None else request.seed,
+            admitted_at=now,
+            deadline_at=None if request.deadline_s is None else now + request.deadline_s,
+        )
+
+    def _leave(self, progress: Progress, outcome: str) -> None:
+        self._admission.leave(progress.num_prompt)
+        self._metrics.running_requests.dec()
+        self._metrics.end_to_end.observe(self._clock.now() - progress.admitted_at)
+        self._metrics.count_end(outcome)
+
+    async def _attempts(self, progress: Progress) -> AsyncGenerator[OutputDelta, None]:
+        """Place and try until the output is finished."""
+        while True:
+            placement = await self._place(progress)
+            try:
+                async with aclosing(self._attempt(progress, placement)) as deltas:
+                    async for delta in deltas:
+                        progress.fruitless_attempts = 0
+                        yield delta
+                        if delta.finish is not None:
+                            return
+            except PdserveError as error:
+                await self._recover(progress, error.info)
+
+    async def _recover(self, progress: Progress, error: ErrorInfo) -> None:
+        """Return if the request may be placed again; raise what the client is to see otherwise."""
+        # A preempted request made room for older ones; however often, that is not held against it.
+        progress.fruitless_attempts += error.code is not ErrorCode.PREEMPTED
+        if not error.retryable or progress.fruitless_attempts >= self._settings.max_fruitless_attempts:
+            raise error_from_info(error)
+        self._metrics.count_recovery(error.code)
+        log.info("%s attempt %d: %s; placing it again", progress.request_id, progress.attempt, error.message)
+        if error.code in (ErrorCode.OVERLOADED, ErrorCode.UNAVAILABLE, ErrorCode.PREEMPTED):
+            await self._clock.sleep(self._settings.refusal_pause_s)
+
+    async def _place(self, progress: Progress) -> Placement:
+        """A placement, as soon as there is a worker. Raises Unavailable or DeadlineExceeded."""
+        until = self._clock.now() + self._settings.queue_timeout_s
+        while True:
+            self._fleet.changed.clear()
+            placement = self._choose(progress)
+            if placement is not None:
+                return placement
+            with self._counted_as_waiting(progress):
+                await self._fleet_change(progress, until)
+
+    def _choose(self, progress: Progress) -> Placement | None:
+        info = self._fleet.model_info()
+        if info is None:
+            return None
+        if not progress.names:
+            root = ChainRoot(info.fingerprint, progress.request.cache_salt)
+            progress.names = name_blocks(progress.request.prompt_tokens, info.block_size, root.seed)
+        self._num_placed += 1
+        return choose(
+            self._fleet.candidates(progress.names, info.block_size, (Role.DECODE, Role.UNSPLIT)),
+            self._fleet.candidates(progress.names, info.block_size, (Role.PREFILL,)),
+            self._fleet.unusable_pairs(self._clock.now()),
+            self._num_placed,
+        )
+
+    async def _attempt(self, progress: Progress, placement: Placement) -> AsyncGenerator[OutputDelta, None]:
+        """One attempt: yields new tokens; raises the error that ended it before the output was finished."""
+        progress.attempt += 1
+        self._metrics.attempts.inc()
+        log.debug("%s attempt %d: %s", progress.request_id, progress.attempt, placement.reason)
+        booking = self._book(progress, placement)
+        submission = self._links[placement.decode].submit(
+            lambda number: self._submit(number, progress, placement)
+        )
+        try:
+            while True:
+                event = await self._next_event(progress, submission)
+                if isinstance(event, SubmissionEnd):
+                    self._note_failure(placement, event)
+                    raise error_from_info(event.error)
+                booking.prefill_is_done()
+                yield _accept(progress, event)
+                if event.event.finish is not None:
+                    return
+        finally:
+            submission.cancel()
+            booking.clear()
+
+    def _submit(self, number: SubmitNumber, progress: Progress, placement: Placement) -> Submit:
+        request = progress.request
+        return Submit(
+            number=number,
+            request_id=progress.request_id,
+            attempt=progress.attempt,
+            prompt_tokens=request.prompt_tokens,
+            known_output_tokens=bytes(progress.output),
+            sampling=request.sampling,
+            seed=progress.seed,
+            prefill=self._source(placement.prefill),
+            cache_salt=request.cache_salt,
+            priority=request.priority,
+            tenant=request.tenant,
+            deadline_ms=self._remaining_ms(progress),
+        )
+
+    def _source(self, worker_id: WorkerId | None) -> PrefillSource | None:
+        if worker_id is None:
+            return None
+        member = self._fleet.workers[worker_id].member
+        return PrefillSource(worker_id, member.address, member.incarnation)
+
+    async def _next_event(
+        self, progress: Progress, submission: Submission
+    ) -> SubmissionTokens | SubmissionEnd:
+        if not submission.events.empty():  # no timer while tokens are waiting
+            return submission.events.get_nowait()
+        try:
+            async with self._clock.timeout(self._remaining_s(progress)):
+                return await submission.events.get()
+        except TimeoutError:
+            raise _deadline_error() from None
+
+    async def _fleet_change(self, progress: Progress, until: float) -> None:
+        remaining_s = self._remaining_s(progress)
+        waiting_s = until - self._clock.now()
+        try:
+            async with self._clock.timeout(waiting_s if remaining_s is None else min(waiting_s, remaining_s)):
+                await self._fleet.changed.wait()
+        except TimeoutError:
+            if remaining_s is not None and remaining_s <= waiting_s:
+                raise _deadline_error() from None
+            raise Unavailable(
+                f"no decode worker became ready within {self._settings.queue_timeout_s:g} s; see pdserve status",
+                retry_after_s=1.0,
+            ) from None
+
+    def _note_failure(self, placement: Placement, event: SubmissionEnd) -> None:
+        if event.lost_source and placement.prefill is not None:
+            self._fleet.pair_failed(placement.prefill, placement.decode, self._clock.now())
+
+    def _observe(self, progress: Progress, delta: OutputDelta) -> None:
+        now = self._clock.now()
+        if progress.last_token_at:
+            self._metrics.inter_token.observe(now - progress.last_token_at)
+        else:
+            self._metrics.time_to_first_token.observe(now - progress.admitted_at)
+            self._metrics.prompt_tokens.inc(progress.num_prompt)
+        progress.last_token_at = now
+        self._metrics.output_tokens.inc(num_tokens(delta.tokens))
+
+    def _counted_as_waiting(self, progress: Progress) -> "_Waiting":
+        return _Waiting(self._metrics, progress.num_prompt)
+
+    def _book(self, progress: Progress, placement: Placement) -> "_Booking":
+        num = progress.num_prompt + num_tokens(progress.output)
+        decode = self._fleet.workers[placement.decode]
+        prefill = None if placement.prefill is None else self._fleet.workers[placement.prefill]
+        return _Booking(decode, prefill, num)
+
+    def _remaining_s(self, progress: Progress) -> float | None:
+        return None if progress.deadline_at is None else max(0.0, progress.deadline_at - self._clock.now())
+
+    def _remaining_ms(self, progress: Progress) -> int | None:
+        remaining_s = self._remaining_s(progress)
+        return None if remaining_s is None else int(remaining_s * 1000)
+
+
+class _Booking:
+    """One attempt's tokens on the books of its workers, from its submission to its end."""
+
+    def __init__(self, decode: WorkerView, prefill: WorkerView | None, num: int) -> None:
+        self._decode = decode
+        self._prefill = prefill
+        decode.booked_tokens[self] = num
+        if prefill is not None:
+            prefill.booked_tokens[self] = num
+
+    def prefill_is_done(self) -> None:
+        """The first token is there: the prefill worker has worked off this prompt."""
+        if self._prefill is not None:
+            self._prefill.booked_tokens.pop(self, None)
+
+    def clear(self) -> None:
+        self.prefill_is_done()
+        self._decode.booked_tokens.pop(self, None)
+
+
+class _Waiting:
+    """Counts a request that no worker has, while it waits."""
+
+    def __init__(self, metrics: RouterMetrics, num: int) -> None:
+        self._metrics = metrics
+        self._num = num
+
+    def __enter__(self) -> None:
+        self._metrics.waiting_requests.inc()
+        self._metrics.waiting_tokens.inc(self._num)
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._metrics.waiting_requests.dec()
+        self._metrics.waiting_tokens.dec(self._num)
+
+
+def _accept(progress: Progress, tokens: SubmissionTokens) -> OutputDelta:
+    """Take an attempt's next tokens over into the output. Raises ProtocolViolation for a gap or a repeat."""
+    event = tokens.event
+    expected = len(progress.output) // BYTES_PER_TOKEN
+    if event.first_index != expected:
+        raise ProtocolViolation(f"output token {event.first_index} came where {expected} was due")
+    progress.output += event.tokens
+    return OutputDelta(event.tokens, event.logprobs, event.finish, tokens.timings)
+
+
+def _deadline_error() -> PdserveError:
+    return DeadlineExceeded("the request's deadline has passed")

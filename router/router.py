@@ -1,0 +1,69 @@
+"""The router put together: everything behind the HTTP and gRPC edges. Implements `requests.Desk`."""
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry
+
+from pdserve.contract.ids import Incarnation, RequestId, RouterId
+from pdserve.contract.messages import Members, Role
+from pdserve.contract.ports import Clock, Rng, Rpc
+from pdserve.contract.work import ModelInfo
+from pdserve.metrics import RouterMetrics
+from router.admission import Admission, AdmissionLimits
+from router.fleet import Fleet
+from router.journey import Journey, JourneySettings
+from router.links import Links, RouterIdentity
+from router.requests import GenerateRequest, OutputDelta, Readiness
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSettings:
+    admission: AdmissionLimits = field(default_factory=AdmissionLimits)
+    journey: JourneySettings = field(default_factory=JourneySettings)
+
+
+class Router:
+    """Serves requests on the workers that `set_members` names."""
+
+    def __init__(
+        self, router_id: RouterId, rpc: Rpc, clock: Clock, rng: Rng, settings: RouterSettings | None = None
+    ) -> None:
+        settings = settings or RouterSettings()
+        self.identity = RouterIdentity(router_id, Incarnation(rng.random_bits(63)))
+        self.registry = CollectorRegistry()
+        self.metrics = RouterMetrics(self.registry)
+        self.fleet = Fleet()
+        self._links = Links(self.identity, self.fleet, rpc, clock)
+        self._journey = Journey(
+            self.fleet, self._links, Admission(settings.admission), clock, rng, self.metrics, settings.journey
+        )
+        self._num_requests = 0
+        self.metrics.follow_workers(lambda: sum(view.usable for view in self.fleet.workers.values()))
+
+    def set_members(self, members: Members) -> None:
+        """Take over a membership: connect to new workers, let go of old ones."""
+        self._links.set_members(members)
+
+    def model_info(self) -> ModelInfo | None:
+        return self.fleet.model_info()
+
+    def readiness(self) -> Readiness:
+        """Ready as soon as one worker can decode; a missing prefill pool only makes it slower."""
+        workers = {role.value: self.fleet.num_usable(role) for role in Role}
+        if workers[Role.DECODE] + workers[Role.UNSPLIT]:
+            return Readiness(True, "ready", workers)
+        known = len(self.fleet.workers)
+        reason = f"none of {known} workers can decode yet" if known else "no worker is known yet"
+        return Readiness(False, reason, workers)
+
+    def new_request_id(self) -> RequestId:
+        self._num_requests += 1
+        return RequestId(f"{self.identity.incarnation:016x}-{self._num_requests}")
+
+    def generate(self, request_id: RequestId, request: GenerateRequest) -> AsyncGenerator[OutputDelta, None]:
+        return self._journey.generate(request_id, request)
+
+    async def close(self) -> None:
+        """Let go of all workers; what still runs there is cancelled with the streams."""
+        await self._links.close()
