@@ -31,6 +31,7 @@ class Router:
     ) -> None:
         settings = settings or RouterSettings()
         self.identity = RouterIdentity(router_id, Incarnation(rng.random_bits(63)))
+        self._rpc = rpc
         self.registry = CollectorRegistry()
         self.metrics = RouterMetrics(self.registry)
         self.fleet = Fleet()
@@ -67,3 +68,4 @@ class Router:
     async def close(self) -> None:
         """Let go of all workers; what still runs there is cancelled with the streams."""
         await self._links.close()
+        await self._rpc.close()
