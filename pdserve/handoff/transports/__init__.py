@@ -1,0 +1,11 @@
+"""The ways in which KV bytes get from a source to a decode worker.
+
+- `base`: the interface and its rules; read it first.
+- `negotiation`: which transport a pair of workers uses, and why.
+- `grpc_stream`: raw bytes over a gRPC stream. Works everywhere.
+- `shared_memory`: straight out of the source's pool, on one host.
+- `pool_bytes`: the own blocks, as both read and write them.
+
+To add one: implement `base.Transport` in a file of its own, name it in `negotiation`, add a world to
+tests/contract/transport_pair.py. `TransportChoice` and `Segment` carry what the two ends must tell each other.
+"""

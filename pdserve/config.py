@@ -1,0 +1,357 @@
+"""The configuration of one deployment: one frozen value, validated at the door.
+
+It comes from a YAML file, from command-line options, or from both; nothing else in pdserve reads files or
+environment variables for its settings. `docs/configuration.md` is generated from this module.
+"""
+
+import difflib
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from pdserve.contract.errors import ConfigError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
+_PORTS = re.compile(r"(\d{1,5})-(\d{1,5})")
+_LAST_PORT = 65535
+
+
+def parse_bytes(value: object) -> object:
+    """``512MiB``, ``2GB`` or a number of bytes. Raises ValueError for anything else."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value.strip())
+    if match is None:
+        raise ValueError(f"{value!r} is not a size: write for example 512MiB, 2GiB or 1000000")
+    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+
+
+def _parse_kv_memory(value: object) -> object:
+    return value if value == "auto" or isinstance(value, float) else parse_bytes(value)
+
+
+def _parse_ports(value: object) -> object:
+    """``30000-30999`` -> (30000, 30999)."""
+    if not isinstance(value, str):
+        return value
+    match = _PORTS.fullmatch(value.strip())
+    if match is None or not 0 < int(match[1]) <= int(match[2]) <= _LAST_PORT:
+        raise ValueError(f"{value!r} is not a range of ports: write for example 30000-30999")
+    return (int(match[1]), int(match[2]))
+
+
+Port = Annotated[int, Field(ge=0, le=_LAST_PORT)]
+Positive = Annotated[int, Field(ge=1)]
+PositiveSeconds = Annotated[float, Field(gt=0)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1)]
+KvMemory = Annotated[
+    Literal["auto"] | Annotated[int, Field(gt=1)] | Annotated[float, Field(gt=0, le=0.95)],
+    BeforeValidator(_parse_kv_memory),
+]
+PortRange = Annotated[tuple[Port, Port], BeforeValidator(_parse_ports)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(_Section):
+    """Which model is served, and as what."""
+
+    path: str | None = None
+    """A folder with config.json and safetensors files, or a hub id. Empty: the model that comes with pdserve."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id. Empty: the hub's main branch."""
+    served_name: str | None = None
+    """What clients call the model. Empty: the hub id, or the folder's name."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights, KV cache and arithmetic; `auto` is the checkpoint's own."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; `auto` is cuda where a worker sees a GPU, else cpu."""
+    max_model_len: Annotated[int, Field(ge=2)] | None = None
+    """Most tokens of prompt and output together. Empty: what the model was made for."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the checkpoint."""
+
+
+class EngineConfig(_Section):
+    """How every worker runs the model."""
+
+    block_size: Positive = 16
+    """Tokens per KV block."""
+    chunk_tokens: Positive = 512
+    """A prompt is computed in chunks that end at multiples of this; a multiple of `block_size`."""
+    step_budget_ms: PositiveSeconds = 200.0
+    """How long one engine step should take at most; a step computes as many chunks as fit."""
+    kv_memory: KvMemory = "auto"
+    """Size of one worker's KV pool: bytes (`512MiB`), a fraction of the memory that is free after loading
+    (`0.4`), or `auto`: half of the free memory, shared by the workers of a machine, and on a CPU at most 4GiB."""
+    threads: Positive | None = None
+    """CPU threads of one worker's operators. Empty: the machine's cores divided by its workers, at least 1."""
+    deterministic: bool | None = None
+    """Results of a sequence depend neither on what runs beside it nor on how it was split. Empty: yes on a
+    CPU, no on a GPU."""
+    growth_reserve_blocks: Annotated[int, Field(ge=0)] = 1
+    """Blocks that a decode worker keeps free for each running sequence when a new request reserves its own."""
+
+    @model_validator(mode="after")
+    def _chunks_are_whole_blocks(self) -> "EngineConfig":
+        if self.chunk_tokens % self.block_size:
+            raise ValueError(f"chunk_tokens must be a multiple of block_size ({self.block_size})")
+        return self
+
+
+class ResourcesConfig(_Section):
+    """What Ray must find on a node to place one actor there. All zero, as on a laptop: anywhere."""
+
+    num_cpus: Annotated[float, Field(ge=0)] = 0.0
+    """CPU cores, as Ray counts them."""
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs, as Ray counts them."""
+    memory: Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)] = 0
+    """Main memory, for example `16GiB`."""
+    custom: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Custom resources that the cluster's nodes offer, for example `{decode_node: 1}`."""
+
+
+class PoolConfig(_Section):
+    """One pool of equal workers."""
+
+    replicas: Annotated[int, Field(ge=0)] = 1
+    """How many workers."""
+    resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
+    """What each of them needs."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of the workers' processes, for example `{HF_HOME: /data/hub}`."""
+
+
+class PoolsConfig(_Section):
+    """The two pools. With no prefill worker the decode pool's workers are unsplit: they do both."""
+
+    prefill: PoolConfig = Field(default_factory=PoolConfig)
+    """Workers that compute prompts."""
+    decode: PoolConfig = Field(default_factory=PoolConfig)
+    """Workers that generate; without a prefill pool they compute the prompts too."""
+
+    @model_validator(mode="after")
+    def _somebody_decodes(self) -> "PoolsConfig":
+        if self.decode.replicas == 0:
+            raise ValueError("decode.replicas must be at least 1: nobody else generates tokens")
+        return self
+
+
+class AdmissionConfig(_Section):
+    """How much one router takes in; beyond it requests are refused at once with 429 and Retry-After."""
+
+    max_requests: Positive = 4096
+    """Requests in progress."""
+    max_prompt_tokens: Positive = 4_000_000
+    """Prompt tokens of the requests in progress."""
+    retry_after_s: PositiveSeconds = 1.0
+    """When a refused client is told to try again."""
+
+
+class LimitsConfig(_Section):
+    """Most that one request may ask for."""
+
+    max_n: Positive = 128
+    """Choices per prompt."""
+    max_prompts: Positive = 256
+    """Prompts in one /v1/completions request."""
+    max_choices: Positive = 1024
+    """Prompts times n."""
+    max_stop_strings: Positive = 16
+    """Stop strings."""
+    max_stop_characters: Positive = 1024
+    """Characters of one stop string."""
+    max_stop_token_ids: Positive = 128
+    """Stop token ids."""
+    max_logit_bias: Positive = 1024
+    """Entries of logit_bias."""
+    max_logprobs: Positive = 20
+    """Alternatives per token."""
+    max_temperature: Annotated[float, Field(ge=0)] = 100.0
+    """Highest temperature."""
+    max_messages: Positive = 4096
+    """Messages of one chat."""
+    max_body_bytes: Bytes = 32 * 2**20
+    """Size of a request's body."""
+
+
+class RouterConfig(_Section):
+    """The routers and the APIs they serve."""
+
+    replicas: Positive = 1
+    """How many routers. Router i listens at the ports below plus i."""
+    host: str = "127.0.0.1"
+    """Where the HTTP and gRPC APIs listen; `0.0.0.0` for all interfaces."""
+    http_port: Port = 8000
+    """The OpenAI-compatible HTTP API; 0 picks a free port."""
+    grpc_port: Port | None = 0
+    """The gRPC API; 0 picks a free port, `null` turns it off."""
+    queue_timeout_s: PositiveSeconds = 60.0
+    """How long a request without a deadline waits for a worker that can take it."""
+    admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
+    """How much one router takes in."""
+    limits: LimitsConfig = Field(default_factory=LimitsConfig)
+    """Most that one request may ask for."""
+    resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
+    """What each router needs."""
+
+
+class NetworkConfig(_Section):
+    """Between routers and workers."""
+
+    address: str = "auto"
+    """Under which name or IP the others reach a process, where that is the same for all of them. `auto`: 127.0.0.1
+    on a local Ray, else the IP of the process' node."""
+    bind: str = "auto"
+    """Where workers listen. `auto`: at `address`."""
+    worker_ports: PortRange | None = None
+    """The ports that workers may listen at, for example `30000-30999`. Empty: any free port."""
+    metrics_host: str = "127.0.0.1"
+    """Where every process serves its /metrics, at a free port that `pdserve status` shows."""
+    transports: Annotated[tuple[Literal["shared_memory", "grpc"], ...], Field(min_length=1)] = (
+        "shared_memory",
+        "grpc",
+    )
+    """How KV travels, best first; a pair of workers takes the first that both can use."""
+
+
+class RayConfig(_Section):
+    """The Ray cluster that everything runs on."""
+
+    address: str | None = None
+    """`auto`, `host:port` or `ray://host:port` of a running cluster. Empty: a local one is started and ended
+    with the system."""
+    placement_timeout_s: PositiveSeconds = 5.0
+    """How long a process may wait for a node at start-up before pdserve says what is missing and gives up. Raise
+    it where the cluster grows on demand."""
+
+
+class LogsConfig(_Section):
+    """What processes write to their logs (in Ray's session folder)."""
+
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """The least that is written."""
+
+
+class DeployConfig(_Section):
+    """A whole deployment. Every key may be left out."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")] = "default"
+    """Of the system, where several run: lower-case letters, digits and dashes."""
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    pools: PoolsConfig = Field(default_factory=PoolsConfig)
+    router: RouterConfig = Field(default_factory=RouterConfig)
+    network: NetworkConfig = Field(default_factory=NetworkConfig)
+    ray: RayConfig = Field(default_factory=RayConfig)
+    logs: LogsConfig = Field(default_factory=LogsConfig)
+
+    @property
+    def is_split(self) -> bool:
+        return self.pools.prefill.replicas > 0
+
+
+def load_config(file: Path | None = None, options: Mapping[str, object] | None = None) -> DeployConfig:
+    """The deployment that `file` describes, with `options` (dotted key -> value) on top.
+
+    Raises ConfigError with one line that names the file or option, the key, and what is allowed.
+    """
+    content = _read_yaml(file) if file is not None else {}
+    source = str(file) if file is not None else "configuration"
+    _validate(content, source)  # so that a bad file is not blamed on the options
+    for key, value in (options or {}).items():
+        _set(content, key.split("."), value)
+    return _validate(content, "command line" if options else source)
+
+
+def runtime_folder() -> Path:
+    """Where running systems leave word of themselves: a private folder of this user, made when missing."""
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    folder = Path(base) / "pdserve" if base else Path(tempfile.gettempdir()) / f"pdserve-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise ConfigError(f"{folder} belongs to somebody else: remove it, or set XDG_RUNTIME_DIR")
+    return folder
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {file} ({error.strerror}): check the path after --config") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{file} is not valid YAML: {reason}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} must hold keys and values, such as 'model:'; see docs/configuration.md")
+    return content
+
+
+def _set(content: dict[str, Any], path: list[str], value: object) -> None:
+    *sections, key = path
+    for section in sections:
+        content = content.setdefault(section, {})
+    content[key] = value
+
+
+def _validate(content: Mapping[str, object], source: str) -> DeployConfig:
+    try:
+        return DeployConfig.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(_key_path(first))
+        raise ConfigError(f"{source}: {_explain(first, key)}", param=key) from None
+
+
+def _key_path(error: ErrorDetails) -> Iterator[str]:
+    """The keys down to the one that is wrong; pydantic also names the branches of unions, which are not keys."""
+    section: Any = DeployConfig
+    for part in error["loc"]:
+        fields = getattr(section, "model_fields", {})
+        if section is not None or error["type"] == "extra_forbidden":
+            yield str(part)
+        section = fields[part].annotation if part in fields else None
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            section = None
+
+
+def _explain(error: ErrorDetails, key: str) -> str:
+    if error["type"] == "extra_forbidden":
+        return _explain_unknown(key)
+    reason = error["msg"].removeprefix("Value error, ")
+    reason = reason[0].lower() + reason[1:]
+    if error["type"] == "value_error" and not key:
+        return reason
+    shown = "" if isinstance(error["input"], dict | list | BaseModel) else f" (got {error['input']!r})"
+    return f"{key} is not valid: {reason}{shown}"
+
+
+def _explain_unknown(key: str) -> str:
+    *sections, wrong = key.split(".")
+    known = list(_section(sections).model_fields)
+    close = difflib.get_close_matches(wrong, known, 1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{key} is not a key: {hint}allowed here: {', '.join(known)}"
+
+
+def _section(path: list[str]) -> type[BaseModel]:
+    section: type[BaseModel] = DeployConfig
+    for name in path:
+        annotation = section.model_fields[name].annotation
+        assert isinstance(annotation, type)
+        section = annotation
+    return section

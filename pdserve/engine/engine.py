@@ -1,0 +1,162 @@
+"""The engine: a model of transformers, its paged KV pool, and one forward pass at a time."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pdserve.contract.messages import PROTOCOL_VERSION
+from pdserve.contract.work import ModelInfo, SampledToken, SequenceStep, StepBatch, StepCost, StepResult
+from pdserve.engine.attention import ATTENTION_NAME, PagedAttention
+from pdserve.engine.attention_plan import AttentionPlan
+from pdserve.engine.attention_probe import AttentionShape, probe_attention
+from pdserve.engine.checkpoint import Checkpoint, find_checkpoint
+from pdserve.engine.host import find_device
+from pdserve.engine.kv_pool import KvLayout, KvPool, plan_num_blocks
+from pdserve.engine.model_loader import LoadedModel, load_model
+from pdserve.engine.packed_experts import pack_experts
+from pdserve.engine.packed_linear import MIN_ROWS, pack_linears
+from pdserve.engine.ragged_batch import flatten
+from pdserve.engine.settings import EngineSettings
+
+Progress = Callable[[str], None]
+
+
+class ModelEngine:
+    """Implements `pdserve.contract.ports.Engine`. Make one with `load`."""
+
+    def __init__(
+        self, loaded: LoadedModel, shape: AttentionShape, pool: KvPool, info: ModelInfo, device: torch.device
+    ) -> None:
+        self._loaded = loaded
+        self._shape = shape
+        self._pool = pool
+        self._info = info
+        self._device = device
+        self._attention = PagedAttention(pool)
+        self._attention.attach(loaded.model)
+        loaded.model.set_attn_implementation(ATTENTION_NAME)
+        self._cost = StepCost(0.0, 0.0, 0.0)
+
+    @classmethod
+    def load(cls, settings: EngineSettings, progress: Progress | None = None) -> "ModelEngine":
+        """Find, load and check a model and make its KV pool.
+
+        `progress` is told in a few words what is being done. Raises NotFound, ModelUnsupported or
+        ConfigError, each naming the cause and the fix.
+        """
+        tell = progress or _say_nothing
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        device = find_device(settings.device)
+        tell(f"finding {settings.model}")
+        checkpoint = find_checkpoint(settings.model, settings.revision)
+        tell("loading weights")
+        loaded = load_model(checkpoint, settings, device)
+        shape = probe_attention(settings.model, loaded.model, loaded.config)
+        if device.type == "cpu":
+            tell("laying out weights")
+            pack_experts(loaded.model, loaded.dtype)
+            pack_linears(loaded.model, loaded.dtype)
+        layout = KvLayout(shape.num_layers, settings.block_size, shape.num_kv_heads, shape.head_dim, loaded.dtype)
+        num_blocks = plan_num_blocks(layout, settings, loaded.max_model_len, device)
+        pool = KvPool(layout, num_blocks, device)
+        info = _model_info(settings, checkpoint, loaded, layout, num_blocks, device)
+        return cls(loaded, shape, pool, info, device)
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._info
+
+    @property
+    def blocks(self) -> KvPool:
+        return self._pool
+
+    @property
+    def cost(self) -> StepCost:
+        return self._cost
+
+    def step(self, batch: StepBatch) -> StepResult:
+        """Run one forward pass and sample where asked. Raises ValueError for a malformed batch."""
+        started = time.perf_counter()
+        wanted = [index for index, sequence in enumerate(batch.sequences) if sequence.sample is not None]
+        logits = self.logits(batch, wanted)
+        sampled = self._sample(batch.sequences, wanted, logits)
+        return StepResult(sampled, time.perf_counter() - started)
+
+    @torch.inference_mode()
+    def logits(self, batch: StepBatch, wanted: Sequence[int]) -> Tensor:
+        """Run one forward pass; the logits [len(wanted), vocab] after the last token of those sequences."""
+        ragged = flatten(batch, self._info.block_size, MIN_ROWS)
+        if ragged.fresh_blocks:
+            self._pool.clear(ragged.fresh_blocks)
+        self._attention.plan = AttentionPlan(ragged, self._pool.layout, self._shape.groups, self._device)
+        keep = torch.from_numpy(ragged.last_rows[list(wanted)]).to(self._device)
+        output = self._loaded.model(
+            input_ids=torch.from_numpy(ragged.token_ids).to(self._device).unsqueeze(0),
+            position_ids=torch.from_numpy(ragged.positions).to(self._device).unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=keep,
+        )
+        self._attention.plan = None
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def _sample(
+        self, sequences: Sequence[SequenceStep], wanted: Sequence[int], logits: Tensor
+    ) -> list[SampledToken | None]:
+        sampled: list[SampledToken | None] = [None] * len(sequences)
+        requests = [request for index in wanted if (request := sequences[index].sample) is not None]
+        if requests:
+            from pdserve.engine.sampler import sample
+
+            tokens = sample(logits.float(), requests, self._info.eos_token_ids)
+            for index, token in zip(wanted, tokens, strict=True):
+                sampled[index] = token
+        return sampled
+
+
+def _model_info(
+    settings: EngineSettings,
+    checkpoint: Checkpoint,
+    loaded: LoadedModel,
+    layout: KvLayout,
+    num_blocks: int,
+    device: torch.device,
+) -> ModelInfo:
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    deterministic = settings.deterministic if settings.deterministic is not None else device.type == "cpu"
+    return ModelInfo(
+        name=settings.name,
+        architecture=loaded.architecture,
+        revision=checkpoint.revision,
+        dtype=dtype,
+        vocab_size=int(loaded.config.vocab_size),
+        max_model_len=loaded.max_model_len,
+        num_layers=layout.num_layers,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        block_size=layout.block_size,
+        num_blocks=num_blocks,
+        block_bytes=layout.block_bytes,
+        eos_token_ids=loaded.eos_token_ids,
+        fingerprint=_fingerprint(checkpoint, dtype, layout.block_size, loaded.config),
+        chunk_tokens=settings.chunk_tokens,
+        deterministic=deterministic,
+    )
+
+
+def _fingerprint(checkpoint: Checkpoint, dtype: str, block_size: int, config: Any) -> str:
+    """Over everything that changes what a KV byte means: files (rope is in config.json), dtype, block size
+    and protocol."""
+    rope = getattr(config, "rope_parameters", None)
+    content = json.dumps([checkpoint.digest, dtype, block_size, rope, PROTOCOL_VERSION], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _say_nothing(message: str) -> None:
+    """Nobody wants to know."""

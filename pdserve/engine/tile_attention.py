@@ -1,0 +1,65 @@
+"""Attention of query rows over one tile of keys, and the merging of tiles.
+
+A row's attention over many tiles is computed tile by tile; each tile gives an output and the log of the
+sum of its exponentiated scores, and a weighted sum of the tiles is the whole (Rabe and Staats 2021,
+arXiv 2112.05682; Dao et al. 2023, Flash-Decoding). Tiles lie at fixed multiples of positions, so what is
+computed for a row, in which order and with which shapes depends on nothing but the row's own position.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Attention and its log-sum-exp.
+
+    query: [batch, heads, rows, head_dim]; key and value: [batch, heads, keys, head_dim]; mask: broadcastable
+    to [batch, heads, rows, keys], zero or minus infinity, dtype of query; `causal` lets row i see keys 0 to i.
+    Returns [batch, heads, rows, head_dim] in query's dtype and [batch, heads, rows] in float32. A row that
+    sees no key has log-sum-exp minus infinity (or NaN) and an undefined output: callers leave it out.
+    """
+    if softcap is None and query.device.type == "cpu":
+        output, log_sum = _flash_on_cpu(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+        return output, log_sum
+    return _attend_by_matmul(query, key, value, mask, causal, scale, softcap)
+
+
+def merge(outputs: Tensor, log_sums: Tensor, sinks: Tensor | None) -> Tensor:
+    """Merge the tiles of rows.
+
+    outputs: [rows, tiles, heads, head_dim]; log_sums: float32 [rows, tiles, heads], minus infinity for a tile
+    that is not there; sinks: [heads], logits that take part in the softmax and have no value (gpt-oss), or
+    None. Returns [rows, heads, head_dim] in the dtype of `outputs`.
+    """
+    top = log_sums.amax(dim=1, keepdim=True)
+    if sinks is not None:
+        top = torch.maximum(top, sinks.float())
+    weights = torch.exp(log_sums - top)
+    total = weights.sum(dim=1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks.float() - top)
+    weights = weights / total
+    return (outputs * weights.unsqueeze(-1)).sum(dim=1).to(outputs.dtype)
+
+
+def _attend_by_matmul(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    scores = torch.matmul(query, key.transpose(-1, -2)).float() * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores + mask
+    if causal:
+        rows, keys = scores.shape[-2:]
+        hidden = torch.ones(rows, keys, dtype=torch.bool, device=scores.device).triu_(1)
+        scores = scores.masked_fill(hidden, -math.inf)
+    log_sum = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - log_sum.unsqueeze(-1)).to(value.dtype)
+    return torch.matmul(weights, value), log_sum

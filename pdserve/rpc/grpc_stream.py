@@ -1,0 +1,190 @@
+"""Both sides of a stream over gRPC: one gRPC call per stream.
+
+Two pumps per side move messages between gRPC and the stream's windows: gRPC cancels a call whose read or
+write is cancelled, but a `receive` under a timeout must lose nothing.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
+
+import grpc
+import grpc.aio
+
+from pdserve.contract.errors import ProtocolViolation
+from pdserve.contract.messages import End, Message
+from pdserve.contract.ports import Call, Handler
+from pdserve.rpc.channel import MAX_MESSAGE_BYTES
+from pdserve.rpc.convert import SERVICE, codec_for
+from pdserve.rpc.stream import BufferedStream, Direction, serve_stream
+from pdserve.rpc.window import Window
+
+_WINDOW_MESSAGES = {Call.SESSION: 16, Call.WATCH: 16, Call.PREFILL: 16, Call.KV: 2}
+"""Messages between a pump and its stream; what gRPC itself has under way comes on top. KV is megabytes."""
+
+# What grpc.aio raises from reads and writes of a call that is over.
+_CALL_IS_OVER = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
+
+
+_EOF = grpc.aio.EOF  # type: ignore[attr-defined]  # missing in its stubs
+
+
+class Packed(NamedTuple):
+    """One message as it is written to gRPC."""
+
+    parts: tuple[bytes, ...]
+    is_end: bool
+
+
+class GrpcStream(BufferedStream[Packed]):
+    """What both sides have in common: packing, and the two pumps."""
+
+    def __init__(self, peer: str, call: Call, sends: Direction, receives: Direction):
+        capacity = _WINDOW_MESSAGES[call]
+        super().__init__(peer, call, sends, inbox=Window(capacity), outbox=Window(capacity))
+        self._encoder = codec_for(call, sends)
+        self._decoder = codec_for(call, receives)
+
+    async def _put(self, message: Message) -> None:
+        parts = self._encoder.encode(message)
+        num_bytes = max(map(len, parts))
+        if num_bytes > MAX_MESSAGE_BYTES:
+            raise ValueError(f"a {type(message).__name__} of {num_bytes} bytes exceeds {MAX_MESSAGE_BYTES}")
+        await self._outbox.put(Packed(parts, isinstance(message, End)))
+
+    async def _fill_inbox(self, read: Callable[[], Awaitable[Any]]) -> None:
+        """Until the other side has closed its direction."""
+        while (raw := await read()) is not _EOF:
+            if (message := self._decoder.decode(raw)) is not None:
+                await self._inbox.reserve()
+                self.arrive(message)
+
+    async def _empty_outbox(self, write: Callable[[bytes], Awaitable[None]]) -> None:
+        """Until End is written."""
+        is_end = False
+        while not is_end:
+            parts, is_end = await self._outbox.get()
+            for part in parts:
+                await write(part)
+
+
+class ClientStream(GrpcStream):
+    """The side that opened the stream. Lives until gRPC says how the call ended."""
+
+    def __init__(self, address: str, call: Call, channel: grpc.aio.Channel):
+        super().__init__(address, call, sends=Direction.UP, receives=Direction.DOWN)
+        method = channel.stream_stream(f"/{SERVICE}/{call}", _unchanged, _unchanged)
+        self._grpc_call = method()  # type: ignore[call-arg]  # its stubs demand an iterator of requests
+        self._carrying = asyncio.ensure_future(self._carry())
+
+    def when_over(self, callback: Callable[[], None]) -> None:
+        self._carrying.add_done_callback(lambda _: callback())
+
+    async def leave(self, grace_s: float) -> None:
+        """Wait until all is over; a farewell that takes longer than `grace_s` is cut."""
+        await asyncio.wait([self._carrying], timeout=grace_s)
+        self._on_cancel()
+        await asyncio.wait([self._carrying])
+
+    def _on_cancel(self) -> None:
+        self._grpc_call.cancel()
+        self._carrying.cancel()
+
+    async def _carry(self) -> None:
+        reason = "it was given up"
+        try:
+            async with asyncio.TaskGroup() as pumps:
+                reading = pumps.create_task(self._read())
+                writing = pumps.create_task(self._write())
+                reason = await self._outcome(reading)
+                reading.cancel()
+                writing.cancel()
+        finally:
+            self.break_off(f"{self._call} stream to {self.peer}: {reason}")
+            self._grpc_call.cancel()
+
+    async def _read(self) -> None:
+        try:
+            await self._fill_inbox(self._grpc_call.read)
+        except ProtocolViolation as violation:
+            self.break_off(f"{self._call} stream to {self.peer}: {violation}")
+            self._grpc_call.cancel()
+        except _CALL_IS_OVER:
+            return
+
+    async def _write(self) -> None:
+        try:
+            await self._empty_outbox(self._grpc_call.write)
+            await self._grpc_call.done_writing()
+        except _CALL_IS_OVER:
+            return
+
+    async def _outcome(self, reading: "asyncio.Task[None]") -> str:
+        """Wait until the call is over and everything that arrived is in the inbox, and say how it ended."""
+        code = await self._grpc_call.code()
+        if code is not grpc.StatusCode.OK:
+            return f"{code.name}, {await self._grpc_call.details()}"
+        await asyncio.wait([reading])
+        return "the server has ended it" if self.end_arrived else "the server left without an End message"
+
+
+class ServerStream(GrpcStream):
+    """The side that serves the stream, within the coroutine that gRPC runs for the call."""
+
+    def __init__(self, call: Call, context: "grpc.aio.ServicerContext[bytes, bytes]"):
+        super().__init__(context.peer(), call, sends=Direction.DOWN, receives=Direction.UP)
+        self._context = context
+
+    async def serve(self, handler: Handler) -> None:
+        """Run the handler to its end. Raises asyncio.CancelledError when gRPC is to forget the call."""
+        try:
+            await self._serve(handler)
+        except asyncio.CancelledError:
+            if not self.broken:
+                raise
+        if self.broken:
+            await self._abort()
+
+    async def _serve(self, handler: Handler) -> None:
+        async with asyncio.TaskGroup() as pumps:
+            reading = pumps.create_task(self._read())
+            writing = pumps.create_task(self._write())
+            try:
+                await serve_stream(handler, self)
+                if not self.broken:
+                    await asyncio.wait([writing])
+            finally:
+                reading.cancel()
+                writing.cancel()
+
+    def _on_cancel(self) -> None:
+        """`serve` aborts the call when the handler has ended."""
+
+    async def _read(self) -> None:
+        reason = "the client left without an End message"
+        try:
+            await self._fill_inbox(self._context.read)
+        except ProtocolViolation as violation:
+            reason = str(violation)
+        except _CALL_IS_OVER as error:
+            reason = str(error)
+        # To a grpc.aio server a killed client looks like one that has nothing more to say.
+        if not self.end_arrived:
+            self.break_off(f"{self._call} stream from {self.peer}: {reason}")
+
+    async def _write(self) -> None:
+        try:
+            await self._empty_outbox(self._context.write)
+        except _CALL_IS_OVER as error:
+            self.break_off(f"{self._call} stream from {self.peer}: {error}")
+
+    async def _abort(self) -> None:
+        try:
+            await self._context.abort(grpc.StatusCode.ABORTED, "the stream is broken")
+        except grpc.aio.InternalError:
+            # The call is over and nobody is there to be told; this ends it without a line in the log.
+            raise asyncio.CancelledError from None
+
+
+def _unchanged(raw: bytes) -> bytes:
+    return raw

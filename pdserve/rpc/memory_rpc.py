@@ -1,0 +1,305 @@
+"""Rpc within one process: no thread, no socket and no real time, so it runs in virtual time as well.
+
+Messages are passed as they are. Every MemoryRpc is a host of a MemoryNetwork; addresses are host:port.
+The network can be told to lose hosts and connections, and how long each message travels.
+"""
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import Callable, Mapping
+
+from pdserve.contract.errors import ConfigError
+from pdserve.contract.messages import Message
+from pdserve.contract.ports import Call, Handler
+from pdserve.rpc.channel import PEER_LOST_S
+from pdserve.rpc.stream import BufferedStream, Direction, serve_stream
+from pdserve.rpc.window import Window
+
+WINDOW_MESSAGES = 16
+"""Messages under way in one direction of a stream before its sender waits."""
+
+Latency = Callable[[str, str, Message | None], float]
+"""(from host, to host, message) -> seconds it travels; None is the news that a stream is broken."""
+
+
+def no_latency(source: str, target: str, message: Message | None) -> float:
+    return 0.0
+
+
+class MemoryNetwork:
+    """The hosts that can reach each other, and what goes wrong between them. Hosts are named by their
+    name or by any of their addresses."""
+
+    def __init__(self, latency: Latency = no_latency):
+        self.latency = latency
+        self._servers: dict[str, MemoryServer] = {}
+        self._links: dict[_Link, None] = {}  # in the order of opening, for reproducible runs
+        self._cuts: set[frozenset[str]] = set()
+
+    def kill(self, host: str) -> None:
+        """As SIGKILL: nothing listens there any more, its streams break at both ends, its handlers are
+        cancelled. A new MemoryRpc of that name may serve at the same addresses."""
+        name = _host_of(host)
+        for server in [server for server in self._servers.values() if server.host == name]:
+            server.close_door()
+        for link in [link for link in self._links if name in link.hosts]:
+            link.lose(name)
+
+    def cut(self, a: str, b: str) -> None:
+        """Nothing passes between two hosts. New streams fail; open ones break when keepalive notices,
+        unless the cut heals before."""
+        pair = frozenset((_host_of(a), _host_of(b)))
+        self._cuts.add(pair)
+        for link in self._between(pair):
+            link.stall(PEER_LOST_S)
+
+    def heal(self, a: str, b: str) -> None:
+        pair = frozenset((_host_of(a), _host_of(b)))
+        self._cuts.discard(pair)
+        for link in self._between(pair):
+            link.resume()
+
+    def listen(self, server: "MemoryServer", port: int) -> str:
+        """Register a server; port 0 takes a free one. Raises ConfigError when the address is in use."""
+        address = f"{server.host}:{port or self._free_port(server.host)}"
+        if address in self._servers:
+            raise ConfigError(f"{address} is in use; choose another port or 0 for a free one")
+        self._servers[address] = server
+        return address
+
+    def unlisten(self, server: "MemoryServer") -> None:
+        if self._servers.get(server.address) is server:
+            del self._servers[server.address]
+
+    def connect(self, opener: "MemoryRpc", address: str, call: Call) -> BufferedStream[Message]:
+        """Open a stream; it is broken from the start when nobody can be reached at `address`."""
+        link = _Link(self, opener, address, call)
+        server = self._servers.get(address)
+        if frozenset(link.hosts) in self._cuts:
+            link.client.break_off(f"{address} cannot be reached from {opener.host}")
+        elif server is None:
+            link.client.break_off(f"nothing listens at {address}")
+        elif call not in server.handlers:
+            link.client.break_off(f"{address} does not serve {call}")
+        else:
+            self._links[link] = None
+            link.start(server)
+        return link.client
+
+    def opened_by(self, opener: "MemoryRpc") -> list[BufferedStream[Message]]:
+        """The clients' sides of the streams that `opener` has opened and that are not over."""
+        return [link.client for link in self._links if link.opener is opener]
+
+    def forget(self, link: "_Link") -> None:
+        self._links.pop(link, None)
+
+    def _free_port(self, host: str) -> int:
+        return next(port for port in itertools.count(1) if f"{host}:{port}" not in self._servers)
+
+    def _between(self, pair: frozenset[str]) -> list["_Link"]:
+        return [link for link in self._links if frozenset(link.hosts) == pair]
+
+
+class MemoryRpc:
+    """Rpc of one host of a MemoryNetwork."""
+
+    def __init__(self, network: MemoryNetwork, host: str):
+        self.host = host
+        self._network = network
+
+    async def open(self, address: str, call: Call) -> BufferedStream[Message]:
+        return self._network.connect(self, address, call)
+
+    async def serve(self, address: str, handlers: Mapping[Call, Handler]) -> "MemoryServer":
+        """Serve at the port of `address`; the host is always this one."""
+        return MemoryServer(self._network, self.host, int(address.rpartition(":")[2]), handlers)
+
+    async def close(self) -> None:
+        for stream in self._network.opened_by(self):
+            stream.cancel()
+
+
+class MemoryServer:
+    """Serves streams of a MemoryNetwork at one address."""
+
+    def __init__(self, network: MemoryNetwork, host: str, port: int, handlers: Mapping[Call, Handler]):
+        self.host = host
+        self.handlers = dict(handlers)
+        self._network = network
+        self._serving: dict[asyncio.Task[None], None] = {}  # in order, for reproducible runs
+        self._closed = False
+        self._address = network.listen(self, port)
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    def accept(self, call: Call, link: "_Link") -> None:
+        """A stream has arrived."""
+        if self._closed or link.server.broken:
+            link.complete()
+            return
+        task = asyncio.ensure_future(self._serve(self.handlers[call], link))
+        self._serving[task] = None
+        task.add_done_callback(self._serving.pop)
+
+    def close_door(self) -> None:
+        """Take no new streams."""
+        self._closed = True
+        self._network.unlisten(self)
+
+    async def stop(self, grace_s: float) -> None:
+        self.close_door()
+        if self._serving:
+            await asyncio.wait(self._serving, timeout=grace_s)
+        still_open = list(self._serving)
+        for task in still_open:
+            task.cancel()
+        await asyncio.gather(*still_open, return_exceptions=True)
+
+    async def _serve(self, handler: Handler, link: "_Link") -> None:
+        try:
+            await serve_stream(handler, link.server)
+        finally:
+            link.complete()
+
+
+class _Link:
+    """Both sides of one stream and the two directions between them."""
+
+    def __init__(self, network: MemoryNetwork, opener: MemoryRpc, address: str, call: Call):
+        self.opener = opener
+        self._network = network
+        self._call = call
+        self._client_host = opener.host
+        self._server_host = _host_of(address)
+        self._up = _Route(network, self._client_host, self._server_host)
+        self._down = _Route(network, self._server_host, self._client_host)
+        self._keepalive: asyncio.TimerHandle | None = None
+        self.client = _MemoryStream(address, call, Direction.UP, self._up, self._down)
+        self.server = _MemoryStream(self._client_host, call, Direction.DOWN, self._down, self._up)
+        self.client.connect(self.server, self._client_cancelled)
+        self.server.connect(self.client, self._server_cancelled)
+
+    @property
+    def hosts(self) -> tuple[str, str]:
+        return self._client_host, self._server_host
+
+    def start(self, server: MemoryServer) -> None:
+        self._up.carry(lambda: server.accept(self._call, self))
+
+    def complete(self) -> None:
+        """The server's side has ended, well or not."""
+        self._down.carry(self._server_left)
+
+    def lose(self, host: str) -> None:
+        """The process at `host` is gone: its side breaks now, the other one when the news arrives."""
+        if host == self._client_host:
+            self.client.break_off("this process was killed", drop=True)
+            self._client_cancelled()
+        if host == self._server_host:
+            self.server.break_off("this process was killed", drop=True)
+            self._server_cancelled()
+
+    def stall(self, broken_after_s: float) -> None:
+        """Nothing passes; after `broken_after_s` both sides notice."""
+        if self._keepalive is None:
+            self._up.stall()
+            self._down.stall()
+            self._keepalive = asyncio.get_running_loop().call_later(broken_after_s, self._time_out)
+
+    def resume(self) -> None:
+        if self._keepalive is not None:
+            self._keepalive.cancel()
+            self._keepalive = None
+            self._up.resume()
+            self._down.resume()
+
+    def _client_cancelled(self) -> None:
+        self._up.carry(lambda: self.server.break_off(f"{self._client_host} gave up or died"))
+
+    def _server_cancelled(self) -> None:
+        self._down.carry(lambda: self.client.break_off(f"{self._server_host} gave up or died"))
+
+    def _server_left(self) -> None:
+        self._forget()
+        how = "has ended the stream" if self.client.end_arrived else "left without an End message"
+        self.client.break_off(f"{self._server_host} {how}")
+
+    def _time_out(self) -> None:
+        self._forget()
+        self.client.break_off(f"{self._server_host} does not answer")
+        self.server.break_off(f"{self._client_host} does not answer")
+
+    def _forget(self) -> None:
+        if self._keepalive is not None:
+            self._keepalive.cancel()
+        self._network.forget(self)
+
+
+class _Route:
+    """One direction of a stream: events arrive in the order in which they were sent."""
+
+    def __init__(self, network: MemoryNetwork, source: str, target: str):
+        self.window: Window[Message] = Window(WINDOW_MESSAGES)
+        self._network = network
+        self._source = source
+        self._target = target
+        self._travelling: deque[Callable[[], None]] = deque()
+        self._last_arrival = 0.0
+        self._stalled = False
+        self._num_held = 0
+
+    def carry(self, event: Callable[[], None], message: Message | None = None) -> None:
+        """Let `event` happen at the target when it has travelled."""
+        delay_s = self._network.latency(self._source, self._target, message)
+        if delay_s <= 0 and not self._travelling and not self._stalled:
+            event()
+            return
+        loop = asyncio.get_running_loop()
+        self._last_arrival = max(self._last_arrival, loop.time() + delay_s)
+        self._travelling.append(event)
+        loop.call_at(self._last_arrival, self._arrive)
+
+    def stall(self) -> None:
+        self._stalled = True
+
+    def resume(self) -> None:
+        self._stalled = False
+        while self._num_held:
+            self._num_held -= 1
+            self._travelling.popleft()()
+
+    def _arrive(self) -> None:
+        if self._stalled:
+            self._num_held += 1
+        else:
+            self._travelling.popleft()()
+
+
+class _MemoryStream(BufferedStream[Message]):
+    """One side of a link; its outbox is the other side's inbox."""
+
+    def __init__(self, peer: str, call: Call, sends: Direction, outgoing: "_Route", incoming: "_Route"):
+        super().__init__(peer, call, sends, inbox=incoming.window, outbox=outgoing.window)
+        self._outgoing = outgoing
+        self._other: BufferedStream[Message]
+        self._tell_other: Callable[[], None]
+
+    def connect(self, other: "_MemoryStream", tell_other: Callable[[], None]) -> None:
+        """`tell_other` lets the other side know that this one gave up."""
+        self._other = other
+        self._tell_other = tell_other
+
+    async def _put(self, message: Message) -> None:
+        await self._outbox.reserve()
+        self._outgoing.carry(lambda: self._other.arrive(message), message)
+
+    def _on_cancel(self) -> None:
+        self._tell_other()
+
+
+def _host_of(name: str) -> str:
+    """`name` is a host or an address of it."""
+    return name.rpartition(":")[0] or name

@@ -1,0 +1,194 @@
+"""One generate request over HTTP, from its body to the last byte of the answer."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive, Scope, Send
+
+from pdserve.contract.errors import (
+    Cancelled,
+    ErrorCode,
+    InvalidRequest,
+    PdserveError,
+    RequestTooLong,
+    Unavailable,
+)
+from pdserve.contract.ids import RequestId
+from pdserve.contract.work import ModelInfo
+from router.api_settings import ApiSettings, RequestObserver
+from router.choices import stream_job
+from router.http_reply import HttpReply
+from router.intake import Intake, Job
+from router.openai_answers import AnswerHead, Usage, chat_answer, completion_answer
+from router.openai_errors import CLIENT_GONE_STATUS, error_answer
+from router.openai_schema import ChatBody, CompletionBody, parse_json
+from router.requests import Desk
+from router.sse import ChatEvents, CompletionEvents
+from router.text import TextModel
+
+COMPLETIONS = "completions"
+CHAT = "chat"
+_ID_PREFIXES = {COMPLETIONS: "cmpl-", CHAT: "chatcmpl-"}
+
+_MAX_DEADLINE_DIGITS = 12
+
+log = logging.getLogger(__name__)
+
+
+class BodyTooLarge(RequestTooLong):
+    """The body has more bytes than `ApiLimits.max_body_bytes`."""
+
+
+class ClientGone(Cancelled):
+    """The client closed the connection; there is nobody to answer."""
+
+
+class GenerateEndpoint:
+    """An ASGI application that answers POSTs of one kind."""
+
+    def __init__(
+        self,
+        api: str,
+        desk: Desk,
+        text_model: TextModel,
+        intake: Intake,
+        settings: ApiSettings,
+        observer: RequestObserver,
+    ):
+        self._api = api
+        self._desk = desk
+        self._text_model = text_model
+        self._intake = intake
+        self._settings = settings
+        self._observer = observer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        reply = HttpReply(send, request.headers.get("x-request-id"))
+        code, status = (
+            ErrorCode.CANCELLED.value,
+            CLIENT_GONE_STATUS,
+        )  # stays so when the server is stopped meanwhile
+        self._observer.on_request_start(self._api)
+        try:
+            await self._answer(request, reply)
+            code, status = "ok", 200
+        except PdserveError as error:
+            code, status = await self._refuse(error, reply)
+        except Exception:
+            log.exception("a %s request failed for a reason that nobody foresaw", self._api)
+            code, status = await self._refuse(PdserveError("internal error, see the router's log"), reply)
+        finally:
+            self._observer.on_request_end(self._api, code, status)
+
+    async def _answer(self, request: Request, reply: HttpReply) -> None:
+        raw = await _read_body(request, self._settings.limits.max_body_bytes)
+        job = await self._read_job(raw, _read_deadline_s(request))
+        await _until_disconnected(request.receive, self._run(job, reply))
+
+    async def _refuse(self, error: PdserveError, reply: HttpReply) -> tuple[str, int]:
+        if isinstance(error, ClientGone):
+            return error.info.code, CLIENT_GONE_STATUS
+        answer = error_answer(error.info, self._settings.default_retry_after_s)
+        status = 413 if isinstance(error, BodyTooLarge) else answer.status
+        await reply.error(status, answer.body, answer.headers)
+        return error.info.code, status
+
+    async def _read_job(self, raw: bytes, deadline_s: float | None) -> Job:
+        info = self._desk.model_info()
+        if info is None:
+            raise Unavailable(f"no model is served yet: {self._desk.readiness().reason}")
+        if len(raw) > self._settings.inline_body_bytes:
+            return await asyncio.to_thread(self._parse, raw, info, deadline_s)
+        return self._parse(raw, info, deadline_s)
+
+    def _parse(self, raw: bytes, info: ModelInfo, deadline_s: float | None) -> Job:
+        if self._api == CHAT:
+            return self._intake.chat(parse_json(ChatBody, raw), info, deadline_s)
+        return self._intake.completion(parse_json(CompletionBody, raw), info, deadline_s)
+
+    async def _run(self, job: Job, reply: HttpReply) -> None:
+        request_ids = [self._desk.new_request_id() for _ in job.choices]
+        head = AnswerHead(_ID_PREFIXES[self._api] + request_ids[0], int(time.time()), job.model)
+        reply.default_request_id = request_ids[0]
+        if job.stream:
+            await self._run_stream(job, head, request_ids, reply)
+        else:
+            await self._run_whole(job, head, request_ids, reply)
+
+    async def _run_stream(
+        self, job: Job, head: AnswerHead, request_ids: list[RequestId], reply: HttpReply
+    ) -> None:
+        """The answer starts with the first piece, so that an error before it still has its own status."""
+        events = (ChatEvents if self._api == CHAT else CompletionEvents)(job, head, self._text_model)
+        usage = Usage(job)
+        begun: set[int] = set()
+        async with aclosing(stream_job(self._desk, job, request_ids, self._text_model)) as pieces:
+            async for piece in pieces:
+                usage.add(piece)
+                text = events.piece(piece)
+                if piece.index not in begun:
+                    begun.add(piece.index)
+                    text = events.first(job.choices[piece.index]) + text
+                if text:
+                    await reply.write_event(text)
+        await reply.end_events(events.usage(usage) if job.include_usage else "")
+
+    async def _run_whole(
+        self, job: Job, head: AnswerHead, request_ids: list[RequestId], reply: HttpReply
+    ) -> None:
+        answer = chat_answer if self._api == CHAT else completion_answer
+        async with aclosing(stream_job(self._desk, job, request_ids, self._text_model)) as pieces:
+            body = await answer(pieces, job, head, self._text_model)
+        await reply.json(200, body)
+
+
+async def _until_disconnected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Run `work`, and cancel it when the client goes away. Raises ClientGone then."""
+    working = asyncio.create_task(work)
+    watching = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        gone = not working.done()
+        working.cancel()
+        watching.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+    if gone:
+        raise ClientGone("the client closed the connection")
+    working.result()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _read_body(request: Request, max_bytes: int) -> bytes:
+    parts: list[bytes] = []
+    num_bytes = 0
+    try:
+        async for part in request.stream():
+            parts.append(part)
+            num_bytes += len(part)
+            if num_bytes > max_bytes:
+                raise BodyTooLarge(f"the body may have at most {max_bytes} bytes")
+    except ClientDisconnect:
+        raise ClientGone("the client closed the connection while sending") from None
+    return b"".join(parts)
+
+
+def _read_deadline_s(request: Request) -> float | None:
+    """Remaining seconds, from `X-Request-Timeout-Ms`."""
+    value = request.headers.get("x-request-timeout-ms")
+    if value is None:
+        return None
+    if not (value.isascii() and value.isdigit() and len(value) <= _MAX_DEADLINE_DIGITS and int(value)):
+        message = f"header X-Request-Timeout-Ms must be a number of milliseconds above 0, got '{value[:60]}'"
+        raise InvalidRequest(message, param="X-Request-Timeout-Ms")
+    return int(value) / 1000

@@ -1,0 +1,66 @@
+"""The HTTP response to one request, written straight to ASGI: a token must cost little here."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.types import Send
+
+from router.sse import DONE, error_event
+
+_EVENT_STREAM = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # proxies must pass events on at once
+]
+_MAX_ECHOED_ID = 256
+
+
+class HttpReply:
+    """Either one JSON body or a stream of events."""
+
+    def __init__(self, send: Send, request_id: str | None):
+        """`request_id` is what the client called its request."""
+        self._send = send
+        self._request_id = request_id
+        self._streaming = False
+        self.default_request_id = ""
+        """Used when the client sent none."""
+
+    async def json(
+        self, status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
+    ) -> None:
+        """The whole answer."""
+        content = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+        sent = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
+        sent += [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
+        await self._start(status, sent)
+        await self._write(content, more=False)
+
+    async def write_event(self, text: str) -> None:
+        """One or more whole events, ASCII. The first one starts the answer."""
+        if not self._streaming:
+            self._streaming = True
+            await self._start(200, _EVENT_STREAM)
+        await self._write(text.encode("ascii"), more=True)
+
+    async def end_events(self, text: str) -> None:
+        """The last events, and the mark that the stream is whole."""
+        await self.write_event(text + DONE)
+        await self._write(b"", more=False)
+
+    async def error(self, status: int, body: Mapping[str, Any], headers: Mapping[str, str]) -> None:
+        """An error: as the answer, or as the last event of one that has begun."""
+        if self._streaming:
+            await self.end_events(error_event(body))
+        else:
+            await self.json(status, body, headers)
+
+    async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        request_id = (self._request_id or self.default_request_id)[:_MAX_ECHOED_ID]
+        if request_id:
+            headers = [*headers, (b"x-request-id", request_id.encode("latin-1"))]
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def _write(self, content: bytes, *, more: bool) -> None:
+        await self._send({"type": "http.response.body", "body": content, "more_body": more})

@@ -1,0 +1,36 @@
+"""Fixtures of the contract suites."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from pdserve.contract.ports import Rpc
+from pdserve.rpc.grpc_rpc import GrpcRpc
+from pdserve.rpc.memory_rpc import MemoryNetwork, MemoryRpc
+from tests.contract.rpc_pair import Pair
+
+
+@pytest.fixture(params=["memory", "grpc"])
+async def pair(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> AsyncIterator[Pair]:
+    """Whatever a test does to streams, nothing is left running and nobody complains in the log."""
+    network = MemoryNetwork()
+    makers: dict[str, Callable[[str], Rpc]] = {
+        "memory": lambda host: MemoryRpc(network, host),
+        "grpc": lambda host: GrpcRpc(),
+    }
+    pair = Pair(makers[request.param])
+    before = asyncio.all_tasks()
+    yield pair
+    await pair.close()
+    await no_new_tasks(before)
+    assert not [record for record in caplog.get_records("call") if record.levelno >= logging.WARNING]
+
+
+async def no_new_tasks(before: "set[asyncio.Task[object]]") -> None:
+    """Closing has ended every task; gRPC's own need some turns of the loop to notice."""
+    left = asyncio.all_tasks() - before - {asyncio.current_task()}
+    if left:
+        await asyncio.wait(left, timeout=5)
+    assert not {task for task in left if not task.done()}
