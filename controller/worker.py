@@ -140,6 +140,20 @@ class Worker:
         await self._rpc.close()
         await self._executor.close()
 
+    async def ended(self) -> None:
+        """Wait until the engine loop is over, and raise what ended it. Only `stop` ends it in good order."""
+        assert self._running is not None, "the worker has not been started"
+        await asyncio.wait([self._running])
+        if not self._running.cancelled():
+            self._running.result()
+
+    async def ended(self) -> None:
+        """Wait until the engine loop is over, and raise what ended it; only after `start`."""
+        assert self._running is not None, "the worker has not been started"
+        await asyncio.wait({self._running})
+        if not self._running.cancelled():
+            self._running.result()
+
     def check(self) -> None:
         """Raise what ended the loop, if it has ended, and AssertionError when the ledger does not balance."""
         if self._running is not None and self._running.done() and not self._running.cancelled():

@@ -19,10 +19,19 @@ from pdserve.contract.errors import (
     Unavailable,
 )
 from pdserve.contract.ids import SubmitNumber, WorkerId
-from pdserve.contract.messages import Failed, FirstToken, PrefillOpen, PrefillSource, Refused, Submit, TokenEvent
+from pdserve.contract.messages import (
+    Failed,
+    FirstToken,
+    PrefillOpen,
+    PrefillSource,
+    Refused,
+    RequestTimings,
+    Submit,
+    TokenEvent,
+)
 from pdserve.contract.ports import Clock, EngineExecutor, Rpc
 from pdserve.contract.sampling import finish_reason
-from pdserve.contract.tokens import pack_tokens
+from pdserve.contract.tokens import num_tokens, pack_tokens
 from pdserve.contract.work import (
     ModelInfo,
     SampledToken,
@@ -163,7 +172,9 @@ class DecodeLoop:
     @property
     def waiting_tokens(self) -> int:
         """Prompt tokens that this worker itself is still to compute."""
-        local = (r for r in self._requests.values() if r.submit.prefill is None and r.phase is not Phase.DECODING)
+        local = (
+            r for r in self._requests.values() if r.submit.prefill is None and r.phase is not Phase.DECODING
+        )
         return sum(request.num_to_prefill - request.num_computed for request in local)
 
     # The loop.
@@ -243,7 +254,9 @@ class DecodeLoop:
         for sink in plan.sinks:
             sink.flush(self.num_steps)
 
-    def _advance(self, plan: StepPlan, request: DecodeRequest, stop: int, sampled: SampledToken | None) -> None:
+    def _advance(
+        self, plan: StepPlan, request: DecodeRequest, stop: int, sampled: SampledToken | None
+    ) -> None:
         if request.ended:  # during the step
             return
         request.computed(stop)
@@ -344,12 +357,16 @@ class DecodeLoop:
     def _refusal(self, submit: Submit) -> PdserveError | None:
         if self.draining:
             return Unavailable(f"{self._worker_id} is draining")
-        most_tokens = len(submit.prompt_tokens) // 4 + submit.sampling.max_tokens
+        most_tokens = num_tokens(submit.prompt_tokens) + submit.sampling.max_tokens
         if most_tokens > self._info.max_model_len:
-            return RequestTooLong(f"{most_tokens} tokens exceed the model's length of {self._info.max_model_len}")
+            return RequestTooLong(
+                f"{most_tokens} tokens exceed the model's length of {self._info.max_model_len}"
+            )
         capacity = self._info.num_blocks * self._info.block_size
         if most_tokens > capacity:
-            return RequestTooLong(f"{most_tokens} tokens do not fit {self._worker_id}'s KV pool of {capacity} tokens")
+            return RequestTooLong(
+                f"{most_tokens} tokens do not fit {self._worker_id}'s KV pool of {capacity} tokens"
+            )
         return None
 
     def _enrol(self, sink: TokenSink, submit: Submit) -> DecodeRequest:
@@ -422,10 +439,9 @@ class DecodeLoop:
         self._metrics.generated_tokens.inc()
         logprobs: tuple[TokenLogprobs, ...] = (sampled.logprobs,) if sampled.logprobs else ()
         event = TokenEvent(request.number, index, pack_tokens((sampled.token,)), logprobs, request.finish)
-        if request.finish is None:
-            request.sink.emit(event)
-        else:
-            request.sink.emit(event, request.timings)
+        is_first = index == request.num_known_output
+        request.sink.emit(event, request.timings if is_first or request.finish else None)
+        if request.finish is not None:
             self._end(request, request.finish.value)
 
     def _fail(self, request: DecodeRequest, error: ErrorInfo, lost_source: bool = False) -> None:
@@ -450,11 +466,12 @@ class DecodeLoop:
         request.move(Phase.RECEIVING)
         return request.num_computed // self._info.block_size
 
-    def first_token_arrived(self, request: DecodeRequest, first: FirstToken) -> None:
+    def first_token_arrived(self, request: DecodeRequest, first: FirstToken, stats: FetchStats) -> None:
         if request.ended:
             return
         if not request.prefill_samples or request.num_tokens != request.num_to_prefill:
             raise ProtocolViolation("a first token came that was not asked for, or came twice")
+        request.timings = _timings(request, stats)
         self._emit(request, SampledToken(first.token, first.logprobs))
         request.sink.flush(self.num_steps)
 
@@ -463,15 +480,7 @@ class DecodeLoop:
             return
         if request.prefill_samples and request.num_tokens == request.num_to_prefill:
             raise ProtocolViolation("the source sealed the KV without a first token")
-        request.timings = replace(
-            request.timings,
-            cached_prompt_tokens_prefill=stats.cached_tokens_at_source,
-            queue_s=stats.queue_s,
-            prefill_s=stats.prefill_s,
-            transfer_s=stats.transfer_s,
-            transfer_bytes=stats.transfer_bytes,
-            transport=stats.transport,
-        )
+        request.timings = _timings(request, stats)
         request.computed(request.num_to_prefill)
         request.move(Phase.DECODING)
         request.hold.activate()
@@ -488,8 +497,20 @@ class _Arrival:
     def reserve(self) -> int | None:
         return self._loop.reserve_for_fetch(self._request)
 
-    def first_token(self, first: FirstToken) -> None:
-        self._loop.first_token_arrived(self._request, first)
+    def first_token(self, first: FirstToken, stats: FetchStats) -> None:
+        self._loop.first_token_arrived(self._request, first, stats)
 
     def sealed(self, stats: FetchStats) -> None:
         self._loop.all_arrived(self._request, stats)
+
+
+def _timings(request: DecodeRequest, stats: FetchStats) -> RequestTimings:
+    return replace(
+        request.timings,
+        cached_prompt_tokens_prefill=stats.cached_tokens_at_source,
+        queue_s=stats.queue_s,
+        prefill_s=stats.prefill_s,
+        transfer_s=stats.transfer_s,
+        transfer_bytes=stats.transfer_bytes,
+        transport=stats.transport,
+    )

@@ -100,9 +100,14 @@ class DecodeRequest:
         return self.num_tokens - self.num_prompt
 
     @property
+    def num_known_output(self) -> int:
+        """Output tokens that earlier attempts have delivered."""
+        return num_tokens(self.submit.known_output_tokens)
+
+    @property
     def prefill_samples(self) -> bool:
         """Whether the token after the prefilled ones is still unknown."""
-        return self.num_to_prefill == num_tokens(self.submit.prompt_tokens + self.submit.known_output_tokens)
+        return self.num_to_prefill == self.num_prompt + self.num_known_output
 
     @property
     def prefill_tokens(self) -> bytes:

@@ -5,6 +5,7 @@ never request ids or tenants. Worker and router ids come from the scrape target'
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -40,19 +41,29 @@ class WorkerMetrics:
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens computed here.")
         self.generated_tokens = counter("generated_tokens", "Output tokens sampled here.")
         self.prefix_hit_tokens = counter("prefix_hit_tokens", "Prompt tokens found in the prefix cache.")
-        self.prefix_query_tokens = counter("prefix_query_tokens", "Prompt tokens looked up in the prefix cache.")
+        self.prefix_query_tokens = counter(
+            "prefix_query_tokens", "Prompt tokens looked up in the prefix cache."
+        )
         self.preemptions = counter("preemptions", "Requests sent back because blocks ran out.")
         self.segments_resent = counter("segments_resent", "Segments sent again after a digest mismatch.")
         self.step_seconds = histogram("engine_step_seconds", "Wall time of one engine step.", _STEP_S)
         self.batch_sequences = histogram(
             "engine_batch_sequences", "Sequences in one engine step.", (1, 2, 4, 8, 16, 32, 64, 128, 256)
         )
-        self._kv_blocks = Gauge("pdserve_kv_blocks", "KV blocks by state.", ["pool", "state"], registry=registry)
+        self._kv_blocks = Gauge(
+            "pdserve_kv_blocks", "KV blocks by state.", ["pool", "state"], registry=registry
+        )
         self._requests = Counter(
-            "pdserve_worker_requests", "Requests that ended here, by outcome.", ["pool", "outcome"], registry=registry
+            "pdserve_worker_requests",
+            "Requests that ended here, by outcome.",
+            ["pool", "outcome"],
+            registry=registry,
         )
         self._transfer_bytes = Counter(
-            "pdserve_kv_transfer_bytes", "KV bytes received and verified.", ["pool", "transport"], registry=registry
+            "pdserve_kv_transfer_bytes",
+            "KV bytes received and verified.",
+            ["pool", "transport"],
+            registry=registry,
         )
         self._transfer_seconds = Histogram(
             "pdserve_kv_segment_seconds",
@@ -79,11 +90,15 @@ class WorkerMetrics:
         """Export the blocks by state, read at scrape time."""
         for state in ("free", "cached", "reserved", "active"):
             gauge = self._kv_blocks.labels(self._labels["pool"], state)
-            gauge.set_function(lambda state=state: getattr(counts(), state))
+            gauge.set_function(partial(_read_count, counts, state))
 
     def count_end(self, outcome: str) -> None:
         """`outcome` is a finish reason or an error code."""
         self._requests.labels(self._labels["pool"], outcome).inc()
+
+
+def _read_count(counts: Callable[[], BlockCounts], state: str) -> float:
+    return float(getattr(counts(), state))
 
 
 class RouterMetrics:
@@ -98,11 +113,19 @@ class RouterMetrics:
             "pdserve_router_waiting_requests", "Admitted requests that no worker has yet.", registry=registry
         )
         self.waiting_tokens = Gauge(
-            "pdserve_router_waiting_tokens", "Prompt tokens of admitted requests that no worker has yet.", registry=registry
+            "pdserve_router_waiting_tokens",
+            "Prompt tokens of admitted requests that no worker has yet.",
+            registry=registry,
         )
-        self.attempts = Counter("pdserve_router_attempts", "Submissions to decode workers.", registry=registry)
-        self.prompt_tokens = Counter("pdserve_router_prompt_tokens", "Prompt tokens admitted.", registry=registry)
-        self.output_tokens = Counter("pdserve_router_output_tokens", "Output tokens delivered.", registry=registry)
+        self.attempts = Counter(
+            "pdserve_router_attempts", "Submissions to decode workers.", registry=registry
+        )
+        self.prompt_tokens = Counter(
+            "pdserve_router_prompt_tokens", "Prompt tokens admitted.", registry=registry
+        )
+        self.output_tokens = Counter(
+            "pdserve_router_output_tokens", "Output tokens delivered.", registry=registry
+        )
         self.time_to_first_token = Histogram(
             "pdserve_time_to_first_token_seconds",
             "From admission to the first output token.",
@@ -116,7 +139,10 @@ class RouterMetrics:
             registry=registry,
         )
         self.end_to_end = Histogram(
-            "pdserve_request_seconds", "From admission to the last token.", buckets=_LATENCY_S, registry=registry
+            "pdserve_request_seconds",
+            "From admission to the last token.",
+            buckets=_LATENCY_S,
+            registry=registry,
         )
         self._requests = Counter(
             "pdserve_router_requests", "Requests that ended, by outcome.", ["outcome"], registry=registry
@@ -127,8 +153,14 @@ class RouterMetrics:
             ["cause"],
             registry=registry,
         )
-        self._http = Counter(
-            "pdserve_http_responses", "HTTP and gRPC responses.", ["endpoint", "status"], registry=registry
+        self._open_requests = Gauge(
+            "pdserve_api_open_requests", "Client requests being answered.", ["api"], registry=registry
+        )
+        self._responses = Counter(
+            "pdserve_api_responses",
+            "Client requests answered, by API, error code (or ok) and HTTP status.",
+            ["api", "code", "status"],
+            registry=registry,
         )
 
     def count_end(self, outcome: str) -> None:
@@ -138,8 +170,14 @@ class RouterMetrics:
     def count_recovery(self, cause: ErrorCode) -> None:
         self._recoveries.labels(cause.value).inc()
 
-    def count_response(self, endpoint: str, status: str) -> None:
-        self._http.labels(endpoint, status).inc()
+    def on_request_start(self, api: str) -> None:
+        """Part of `router.api_settings.RequestObserver`."""
+        self._open_requests.labels(api).inc()
+
+    def on_request_end(self, api: str, code: str, status: int) -> None:
+        """Part of `router.api_settings.RequestObserver`."""
+        self._open_requests.labels(api).dec()
+        self._responses.labels(api, code, str(status)).inc()
 
     def follow_workers(self, count: Callable[[], float]) -> None:
         """Export how many workers this router can use, read at scrape time."""

@@ -112,4 +112,7 @@ class PrefillLoop:
         if sampled is None or job.request.sampling is None:
             return False
         num_output = job.num_prompt - job.request.num_prompt_tokens + 1
-        return finish_reason(job.request.sampling, sampled.token, num_output, self._info.eos_token_ids) is not None
+        return (
+            finish_reason(job.request.sampling, sampled.token, num_output, self._info.eos_token_ids)
+            is not None
+        )

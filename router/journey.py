@@ -245,7 +245,8 @@ class Journey:
             if remaining_s is not None and remaining_s <= waiting_s:
                 raise _deadline_error() from None
             raise Unavailable(
-                f"no decode worker became ready within {self._settings.queue_timeout_s:g} s; see pdserve status",
+                f"no decode worker became ready within {self._settings.queue_timeout_s:g} s; "
+                "see what they are doing with pdserve status",
                 retry_after_s=1.0,
             ) from None
 

@@ -34,7 +34,7 @@ class OutputDelta:
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish: FinishReason | None = None
     timings: RequestTimings | None = None
-    """With the last delta."""
+    """With the first delta of each attempt, as far as it is known then, and with the last, complete."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from random import Random
 
 import torch
 from transformers import PreTrainedModel
@@ -24,12 +25,36 @@ def greedy_reference(model: PreTrainedModel, prompt: Sequence[int], num_tokens: 
     return tokens
 
 
-def assert_unambiguous(model: PreTrainedModel, prompt: Sequence[int], output: Sequence[int]) -> None:
-    """In float64 the best token leads by more than MIN_GAP at every step, so rounding cannot change it."""
-    exact = copy.deepcopy(model).double()
+def assert_unambiguous(exact: PreTrainedModel, prompt: Sequence[int], output: Sequence[int]) -> None:
+    """In float64 (`exact`) the best token leads by more than MIN_GAP at every step, so rounding cannot change
+    it."""
     with torch.inference_mode():
         logits = exact(torch.tensor([[*prompt, *output[:-1]]])).logits[0, len(prompt) - 1 :]
     best = logits.topk(2).values
     gap = (best[:, 0] - best[:, 1]).min().item()
     assert logits.argmax(-1).tolist() == list(output), "float32 and float64 disagree; choose another seed"
     assert gap > MIN_GAP, f"the best two tokens are {gap:.1e} apart; choose another seed"
+
+
+def mixed_prompts(num: int, block: int, chunk: int, vocab_size: int, seed: int = 5) -> list[tuple[int, ...]]:
+    """Prompts shorter than, equal to and longer than a block, a chunk and several chunks; the last ones share
+    a prefix of two chunks."""
+    random = Random(seed)
+    lengths = (1, 7, block, block + 1, chunk - 1, chunk, chunk + 1, 3 * chunk, 4 * chunk + 5)
+    prompts = [tuple(random.randrange(3, vocab_size) for _ in range(length)) for length in lengths]
+    shared = prompts[-1][: 2 * chunk]
+    while len(prompts) < num:
+        prompts.append(shared + tuple(random.randrange(3, vocab_size) for _ in range(9)))
+    return prompts
+
+
+def greedy_references(
+    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], num_tokens: int
+) -> dict[tuple[int, ...], list[int]]:
+    """Prompt -> its greedy continuation, each checked to be unambiguous."""
+    outputs = {prompt: greedy_reference(model, prompt, num_tokens) for prompt in prompts}
+    exact = copy.deepcopy(model).double()
+    exact.config._experts_implementation = "eager"  # the grouped product knows no float64
+    for prompt, output in outputs.items():
+        assert_unambiguous(exact, prompt, output)
+    return outputs

@@ -68,9 +68,8 @@ class SequenceStep:
     sample: SampleRequest | None = None
     """Sample after the last new token; None computes no logits."""
     as_decode: bool = False
-    """Compute each token as its own one-token row, exactly as decode steps would have (recovery replays
-    known output tokens this way). One-token steps are always decode-shaped unless they end a prefill
-    chunk of a prompt, which `as_decode=False` marks."""
+    """Compute each token as its own one-token row. Decode loops set it in every step of a running sequence;
+    with several tokens it replays known output exactly as one-token steps would have computed it."""
 
     @property
     def num_new_tokens(self) -> int:

@@ -63,7 +63,7 @@ class FetchListener(Protocol):
         when there is no room now."""
         ...
 
-    def first_token(self, first: FirstToken) -> None: ...
+    def first_token(self, first: FirstToken, stats: FetchStats) -> None: ...
 
     def sealed(self, stats: FetchStats) -> None:
         """Every block of the prompt is verified in the own pool."""
@@ -157,7 +157,7 @@ class PrefillFetch:
                 case Segment() as segment:
                     self._segments.put_nowait(segment)
                 case FirstToken() as first:
-                    self._listener.first_token(first)
+                    self._listener.first_token(first, self.stats)
                 case Sealed() as sealed:
                     self._sealed = sealed
                     await self._finish_if_proven(stream)
@@ -200,7 +200,9 @@ class PrefillFetch:
         if segment.first_block == self._num_blocks_proven:
             self._num_blocks_proven += segment.num_blocks
             self._hold.publish(
-                self._root, self._request.tokens, min(self._num_blocks_proven * self._block_size, self._num_tokens)
+                self._root,
+                self._request.tokens,
+                min(self._num_blocks_proven * self._block_size, self._num_tokens),
             )
 
     @property

@@ -139,7 +139,9 @@ class PrefillSource:
             )
         capacity = self._info.num_blocks * self._info.block_size
         if num_tokens(opened.tokens) > capacity:
-            raise RequestTooLong(f"a prompt of {num_tokens(opened.tokens)} tokens does not fit a pool of {capacity}")
+            raise RequestTooLong(
+                f"a prompt of {num_tokens(opened.tokens)} tokens does not fit a pool of {capacity}"
+            )
         if self.draining:
             raise Unavailable("this prefill worker is draining")
 

@@ -1,97 +1,117 @@
-"""Tokens of a split run equal transformers' own, through HTTP, exactly."""
+"""Tokens of a split run equal transformers' own, through HTTP, exactly, for every architecture."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
-from random import Random
 
 import openai
 import pytest
 import torch
 
 from controller.worker import WorkerSettings
+from decode_worker.loop import DecodeLoop
 from pdserve.engine.settings import EngineSettings
 from tests.local_system import LocalSystem
-from tests.reference import assert_unambiguous, greedy_reference
+from tests.reference import greedy_references, mixed_prompts
 from tests.small_models import VOCAB_SIZE, SmallModel, make_model
 
 BLOCK, CHUNK, NUM_OUTPUT = 16, 32, 20
-LENGTHS = (1, 7, BLOCK, BLOCK + 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 4 * CHUNK + 5)
-
 IDS_ONLY = {"return_token_ids": True, "ignore_eos": True}
+
+SEEDS = {"llama": 1, "qwen3": 1}
+"""Seeds of the random weights for which every next token is unambiguous; 0 where not named."""
+OTHER_ARCHITECTURES = (
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "gpt_neox",
+    "gpt2",
+    "mixtral",
+    "qwen3_moe",
+)
+
+Expected = dict[tuple[int, ...], list[int]]
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
-    torch.set_num_threads(1)
-    return make_model("llama", tmp_path_factory.mktemp("llama"), seed=3)
-
-
-def engine_settings(folder: Path, **fields: object) -> EngineSettings:
-    return EngineSettings(
-        str(folder), served_name="m", dtype="float32", threads=1, kv_memory_bytes=4 << 20, chunk_tokens=CHUNK, **fields
-    )  # type: ignore[arg-type]
+    return small_model("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")
-def expected(llama: SmallModel) -> dict[tuple[int, ...], list[int]]:
-    """Prompt -> transformers' greedy continuation."""
-    random = Random(5)
-    prompts = [tuple(random.randrange(3, VOCAB_SIZE) for _ in range(length)) for length in LENGTHS]
-    prompts += [prompts[-1][: 2 * CHUNK] + tuple(random.randrange(3, VOCAB_SIZE) for _ in range(9)) for _ in range(7)]
-    outputs = {prompt: greedy_reference(llama.reference, prompt, NUM_OUTPUT) for prompt in prompts}
-    for prompt, output in outputs.items():
-        assert_unambiguous(llama.reference, prompt, output)
-    return outputs
+def expected(llama: SmallModel) -> Expected:
+    return references(llama)
 
 
 @pytest.fixture(params=["shared_memory", "grpc", "unsplit"])
 async def system(request: pytest.FixtureRequest, llama: SmallModel) -> AsyncIterator[LocalSystem]:
     unsplit = request.param == "unsplit"
-    settings = WorkerSettings(transports=("grpc",) if unsplit else (request.param,))
-    async with LocalSystem(
-        engine_settings(llama.folder), num_prefill=0 if unsplit else 1, worker_settings=settings
-    ) as system:
+    transports = ("grpc",) if unsplit else (request.param,)
+    async with local_system(llama.folder, transports, num_prefill=0 if unsplit else 1) as system:
         yield system
 
 
-async def complete(client: openai.AsyncOpenAI, prompt: tuple[int, ...], **fields: object) -> list[int]:
-    """The output's token ids, streamed."""
-    stream = await client.completions.create(
-        model="m",
-        prompt=list(prompt),
-        stream=True,
-        max_tokens=NUM_OUTPUT,
-        temperature=0,
-        extra_body=IDS_ONLY,
-        **fields,  # type: ignore[call-overload]
-    )
-    tokens: list[int] = []
-    async for chunk in stream:
-        for choice in chunk.choices:
-            tokens += choice.model_extra.get("token_ids") or []
-    return tokens
-
-
-def client_of(system: LocalSystem) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=f"{system.url}/v1", api_key="none", max_retries=0)
-
-
-async def test_alone_cold_and_warm(system: LocalSystem, expected: dict[tuple[int, ...], list[int]]) -> None:
+async def test_alone_cold_and_warm(system: LocalSystem, expected: Expected) -> None:
     async with client_of(system) as client:
-        for prompt, output in expected.items():
-            assert await complete(client, prompt) == output, f"cold, {len(prompt)} tokens"
-        for prompt, output in expected.items():
-            assert await complete(client, prompt) == output, f"warm, {len(prompt)} tokens"
+        await assert_exact_one_by_one(client, expected, "cold")
+        await assert_exact_one_by_one(client, expected, "warm")
     await system.at_rest()
 
 
-async def test_in_a_batch_of_sixteen(system: LocalSystem, expected: dict[tuple[int, ...], list[int]]) -> None:
+async def test_in_a_batch_of_sixteen(system: LocalSystem, expected: Expected) -> None:
     async with client_of(system) as client:
-        assert len(expected) == 16
-        outputs = await asyncio.gather(*(complete(client, prompt) for prompt in expected))
-    assert outputs == list(expected.values())
+        await assert_exact_together(client, expected)
     await system.at_rest()
+
+
+@pytest.mark.parametrize("architecture", OTHER_ARCHITECTURES)
+async def test_every_architecture(architecture: str, tmp_path: Path) -> None:
+    model = small_model(architecture, tmp_path)
+    expected = references(model)
+    async with local_system(tmp_path) as system, client_of(system) as client:
+        await assert_exact_one_by_one(client, expected, "cold")
+        await assert_exact_together(client, expected)
+        await system.at_rest()
+
+
+async def test_preemption_changes_no_token(llama: SmallModel, expected: Expected) -> None:
+    async with (
+        local_system(llama.folder, kv_memory_bytes=26 * 6144 * 2) as system,
+        client_of(system) as client,
+    ):
+        await assert_exact_together(client, expected)
+        loop = system.workers["decode-0"].loop
+        assert isinstance(loop, DecodeLoop)
+        preemptions = system.workers["decode-0"].registry.get_sample_value(
+            "pdserve_preemptions_total", {"pool": "decode"}
+        )
+        assert preemptions, "the pool is meant to be too small for the batch"
+        await system.at_rest()
+
+
+async def test_seeded_sampling_is_the_same_split_unsplit_alone_and_batched(llama: SmallModel) -> None:
+    prompts = mixed_prompts(16, BLOCK, CHUNK, VOCAB_SIZE, seed=9)
+    sampling = {
+        "temperature": 0.8,
+        "seed": 11,
+        "top_p": 0.95,
+        "presence_penalty": 0.3,
+        "frequency_penalty": 0.2,
+    }
+    extra = IDS_ONLY | {"top_k": 50, "repetition_penalty": 1.1}
+    outputs = []
+    for num_prefill in (0, 1):
+        async with local_system(llama.folder, num_prefill=num_prefill) as system, client_of(system) as client:
+            alone = [await complete(client, prompt, extra, **sampling) for prompt in prompts]
+            batched = await asyncio.gather(
+                *(complete(client, prompt, extra, **sampling) for prompt in prompts)
+            )
+            outputs += [alone, batched]
+    assert outputs[1:] == outputs[:1] * 3
 
 
 async def test_a_client_that_leaves_frees_both_sides(system: LocalSystem) -> None:
@@ -104,3 +124,65 @@ async def test_a_client_that_leaves_frees_both_sides(system: LocalSystem) -> Non
                 await anext(stream)
             await stream.close()
             await system.at_rest()
+
+
+def small_model(architecture: str, folder: Path) -> SmallModel:
+    torch.set_num_threads(1)
+    return make_model(architecture, folder, seed=SEEDS.get(architecture, 0))
+
+
+def references(model: SmallModel) -> Expected:
+    return greedy_references(model.reference, mixed_prompts(16, BLOCK, CHUNK, VOCAB_SIZE), NUM_OUTPUT)
+
+
+@asynccontextmanager
+async def local_system(
+    folder: Path,
+    transports: Sequence[str] = ("shared_memory", "grpc"),
+    num_prefill: int = 1,
+    kv_memory_bytes: int = 4 << 20,
+) -> AsyncIterator[LocalSystem]:
+    engine = EngineSettings(
+        str(folder),
+        served_name="m",
+        dtype="float32",
+        threads=1,
+        kv_memory_bytes=kv_memory_bytes,
+        chunk_tokens=CHUNK,
+    )
+    settings = WorkerSettings(transports=tuple(transports))
+    async with LocalSystem(engine, num_prefill, worker_settings=settings) as system:
+        yield system
+
+
+def client_of(system: LocalSystem) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=f"{system.url}/v1", api_key="none", max_retries=0)
+
+
+async def complete(
+    client: openai.AsyncOpenAI, prompt: tuple[int, ...], extra: dict[str, object] = IDS_ONLY, **fields: object
+) -> list[int]:
+    """The output's token ids, streamed."""
+    stream = await client.completions.create(
+        model="m",
+        prompt=list(prompt),
+        stream=True,
+        max_tokens=NUM_OUTPUT,
+        extra_body=extra,
+        **({"temperature": 0} | fields),  # type: ignore[call-overload]
+    )
+    tokens: list[int] = []
+    async for chunk in stream:
+        for choice in chunk.choices:
+            tokens += choice.model_extra.get("token_ids") or []
+    return tokens
+
+
+async def assert_exact_one_by_one(client: openai.AsyncOpenAI, expected: Expected, caches: str) -> None:
+    for prompt, output in expected.items():
+        assert await complete(client, prompt) == output, f"{caches} caches, {len(prompt)} tokens"
+
+
+async def assert_exact_together(client: openai.AsyncOpenAI, expected: Expected) -> None:
+    outputs = await asyncio.gather(*(complete(client, prompt) for prompt in expected))
+    assert outputs == list(expected.values())

@@ -85,7 +85,7 @@ def test_only_missing_blocks_travel() -> None:
                 async for delta in system.router.generate(system.router.new_request_id(), request):
                     deltas.append(delta)
                 await system.at_rest()
-            cold, warm = (delta.timings for delta in deltas if delta.timings is not None)
+            cold, warm = (delta.timings for delta in deltas if delta.finish is not None)
             block_bytes = system.engines["decode-0"].info.block_bytes
             assert cold is not None
             assert cold.transfer_bytes == 9 * block_bytes

@@ -7,5 +7,6 @@
 - `pool_bytes`: the own blocks, as both read and write them.
 
 To add one: implement `base.Transport` in a file of its own, name it in `negotiation`, add a world to
-tests/contract/transport_pair.py. `TransportChoice` and `Segment` carry what the two ends must tell each other.
+tests/contract/transport_pair.py. What the two ends must tell each other is in `TransportChoice` and
+`Segment`.
 """

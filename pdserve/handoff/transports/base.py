@@ -109,11 +109,11 @@ class SegmentSender(Protocol):
     async def send(
         self, index: int, first_block: int, block_ids: Sequence[BlockId], layers: LayerRange
     ) -> Segment:
-        """Start moving the blocks; the message belongs on the Prefill stream, in the order of the calls.
+        """Start moving the blocks; the message belongs on the Prefill stream before the next call.
 
         `first_block` is the place of `block_ids[0]` in the sequence's block table. The blocks must not
-        change until the Ack. To send a segment again, call with the same arguments. Raises StreamBroken
-        when the receiver has gone or never came.
+        change until the Ack. Waits while the receiver is slow. To send a segment again, call with the
+        same arguments. Raises StreamBroken when the receiver has gone or never came.
         """
         ...
 

@@ -5,8 +5,8 @@ the segments' bytes in the order in which the segments are sent, cut into messag
 End. The messages carry nothing else: both ends cut a segment at the same places.
 
 Each segment is read and digested on the transfer thread before its Segment message leaves, so its bytes
-wait here in memory until the stream takes them: at most as many segments as the window of the Prefill
-call lets be unacknowledged.
+wait here in memory until the stream takes them. A segment is read only when no more than UNSENT_MESSAGES of
+earlier ones wait. That cannot deadlock: the receiver has been told of those and reads on.
 """
 
 import asyncio
@@ -25,6 +25,9 @@ from pdserve.handoff.transports.pool_bytes import PoolBytes
 
 MESSAGE_BYTES = 2 << 20
 """Most bytes of one message, unless one layer of one block is more. Both ends must agree on it."""
+
+UNSENT_MESSAGES = 4
+"""Messages of earlier segments that may wait for the stream when the next segment is read."""
 
 MEETING_TIMEOUT_S = 10.0
 """How long the two ends of a transfer wait for each other. A lost peer is noticed sooner."""
@@ -136,6 +139,7 @@ class _Sender:
         self._stream: MessageStream | None = None
         self._messages: asyncio.Queue[bytes | None] = asyncio.Queue()  # None: say End
         self._num_unsent = 0  # messages that the stream has not taken
+        self._moved = asyncio.Event()  # one was taken, or none will be any more
         self._met = asyncio.Event()  # the receiver has come, or will not be needed
         self._over = asyncio.Event()  # nothing will be sent any more
         self._sending = asyncio.Lock()
@@ -147,6 +151,7 @@ class _Sender:
         started_at = self._side.clock.now()
         async with self._sending:
             await self._meet()
+            await self._wait_for_room()
             shares = [
                 await self._send_piece(block_ids, piece)
                 for piece in cut(len(block_ids), layers, self._side.layer_bytes)
@@ -163,14 +168,17 @@ class _Sender:
             while (message := await self._messages.get()) is not None:
                 await stream.send(message)
                 self._num_unsent -= 1
+                self._moved.set()
             await stream.send(End())
         finally:
             self._over.set()
+            self._moved.set()
 
     async def close(self) -> None:
         self._closed = True
         self._forget()
         self._met.set()
+        self._moved.set()
         async with self._sending:
             if self._stream is not None:
                 await self._end(self._stream)
@@ -184,9 +192,17 @@ class _Sender:
                 f"the decode worker did not open its Kv stream within {MEETING_TIMEOUT_S} s"
             ) from None
 
+    async def _wait_for_room(self) -> None:
+        while self._num_unsent > UNSENT_MESSAGES and not self._has_ended():
+            self._moved.clear()
+            await self._moved.wait()
+
+    def _has_ended(self) -> bool:
+        return self._closed or self._over.is_set()
+
     async def _send_piece(self, block_ids: Sequence[BlockId], piece: Piece) -> int:
         """Returns the piece's share of the segment's digest."""
-        if self._closed or self._over.is_set():
+        if self._has_ended():
             raise StreamBroken("the decode worker's Kv stream has ended")
         job = functools.partial(self._read, block_ids[piece.start : piece.stop], piece)
         message, share = await self._side.executor.copy(job)

@@ -1,0 +1,101 @@
+"""What the router believes, and what makes it stop believing."""
+
+from dataclasses import replace
+
+import pytest
+
+from pdserve.contract.ids import BlockHash, Incarnation, SubmitNumber, WorkerId
+from pdserve.contract.messages import Hello, Member, Members, Report, Role, WorkerLoad, WorkerState
+from pdserve.contract.work import BlockCounts
+from pdserve.engine.fake_engine import FakeEngine
+from router.fleet import PAIR_TIMEOUT_S, Fleet, WorkerView
+
+INFO = FakeEngine(num_blocks=8).info
+LOAD = WorkerLoad(
+    WorkerState.READY,
+    0,
+    0,
+    0,
+    0,
+    BlockCounts(8, 0, 0, 0),
+    0,
+    SubmitNumber(0),
+    prefill_tokens_per_s=0,
+    decode_step_s=0,
+)
+
+
+def member(name: str, incarnation: int = 1, role: Role = Role.DECODE) -> Member:
+    return Member(WorkerId(name), f"{name}:1", Incarnation(incarnation), role, "", WorkerState.READY)
+
+
+def report(incarnation: int, stored: tuple[int, ...] = (), **fields: object) -> Report:
+    names = tuple(BlockHash(name) for name in stored)
+    xor = 0
+    for name in names:
+        xor ^= name
+    base = Report(Incarnation(incarnation), 0, names, (), len(names), xor, LOAD)
+    return replace(base, **fields)  # type: ignore[arg-type]
+
+
+def connect(fleet: Fleet, name: str, incarnation: int = 1, stored: tuple[int, ...] = ()) -> WorkerView:
+    view = fleet.workers[WorkerId(name)]
+    fleet.hello(view, Hello(view.member.worker_id, Incarnation(incarnation), view.member.role, INFO, b""))
+    assert fleet.report(view, report(incarnation, stored), now=1.0)
+    fleet.connected(view)
+    return view
+
+
+def test_a_worker_is_usable_only_while_connected_and_ready() -> None:
+    fleet = Fleet()
+    fleet.set_members(Members(1, (member("d0"),)))
+    view = connect(fleet, "d0", stored=(5, 6))
+    assert view.usable
+    names = [BlockHash(5), BlockHash(6)]
+    (candidate,) = fleet.candidates(names, 4, [Role.DECODE])
+    assert candidate.held_tokens == 8
+    fleet.report(
+        view, report(1, load=replace(LOAD, state=WorkerState.DRAINING), num_names=2, xor_names=3), now=2.0
+    )
+    assert not view.usable
+    fleet.lost(view)
+    assert fleet.candidates(names, 4, [Role.DECODE]) == []
+    assert fleet.index.num_held_blocks(names) == {}
+
+
+def test_an_old_membership_is_dropped_and_a_new_incarnation_starts_afresh() -> None:
+    fleet = Fleet()
+    fleet.set_members(Members(2, (member("d0"), member("d1"))))
+    old = connect(fleet, "d0")
+    fleet.set_members(Members(1, ()))
+    assert set(fleet.workers) == {"d0", "d1"}
+    fleet.set_members(Members(3, (member("d0", incarnation=2),)))
+    assert set(fleet.workers) == {"d0"}
+    assert fleet.workers[WorkerId("d0")] is not old
+    assert not old.usable
+
+
+def test_an_index_that_lost_count_is_noticed() -> None:
+    fleet = Fleet()
+    fleet.set_members(Members(1, (member("d0"),)))
+    view = connect(fleet, "d0", stored=(5,))
+    assert not fleet.report(view, report(1, num_names=7), now=2.0)
+    assert fleet.num_index_mismatches == 1
+
+
+def test_bookings_count_until_the_report_is_larger() -> None:
+    fleet = Fleet()
+    fleet.set_members(Members(1, (member("d0"),)))
+    view = connect(fleet, "d0")
+    view.booked_tokens["a"] = 30
+    view.booked_tokens["b"] = 12
+    assert view.queued_tokens == 42
+    view.load = replace(LOAD, waiting_tokens=40, running_context_tokens=60)
+    assert view.queued_tokens == 100
+
+
+@pytest.mark.parametrize(("later_s", "usable"), [(PAIR_TIMEOUT_S - 0.1, False), (PAIR_TIMEOUT_S, True)])
+def test_a_failed_pair_rests_for_a_while(later_s: float, usable: bool) -> None:
+    fleet = Fleet()
+    fleet.pair_failed(WorkerId("p0"), WorkerId("d0"), now=10.0)
+    assert (fleet.unusable_pairs(10.0 + later_s) == frozenset()) is usable

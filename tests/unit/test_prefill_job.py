@@ -1,0 +1,108 @@
+"""A Prefill call's state at its source, table by table."""
+
+import pytest
+
+from pdserve.contract.block_names import ChainRoot
+from pdserve.contract.ids import Incarnation, RequestId, WorkerId
+from pdserve.contract.messages import FirstToken, PrefillOpen
+from pdserve.contract.sampling import SamplingParams
+from pdserve.contract.tokens import pack_tokens
+from pdserve.contract.work import SampledToken
+from pdserve.engine.block_allocator import BlockAllocator
+from pdserve.handoff.ledger import BlockLedger
+from pdserve.handoff.prefill_job import JobState, PrefillJob, Shipment
+
+BLOCK = 4
+
+
+def job_of(num_tokens: int, ledger: BlockLedger, num_held: int = 0, started: bool = True) -> PrefillJob:
+    request = PrefillOpen(
+        request_id=RequestId("r"),
+        attempt=1,
+        decode_worker_id=WorkerId("decode-0"),
+        source_incarnation=Incarnation(1),
+        fingerprint="model",
+        tokens=pack_tokens(range(num_tokens)),
+        num_prompt_tokens=num_tokens,
+        held_blocks=num_held,
+        transports=(),
+        sampling=SamplingParams(),
+    )
+    job = PrefillJob(request, ChainRoot("model"), BLOCK, queued_at=1.0)
+    if started:
+        hold = ledger.open("job")
+        hold.grow_to(job.num_blocks)
+        job.start(hold, 0, now=2.0)
+        job.reserved(num_held)
+    return job
+
+
+@pytest.fixture
+def ledger() -> BlockLedger:
+    return BlockLedger(BlockAllocator(64, BLOCK))
+
+
+def test_segments_follow_the_chunks_and_the_partly_filled_block_comes_last(ledger: BlockLedger) -> None:
+    job = job_of(10, ledger)
+    assert job.next_shipment(8, 100) is None
+    job.advance(8, None, ends=False, now=3.0)
+    assert job.next_shipment(8, 100) == Shipment(0, 0, 2)
+    assert not job.all_shipped
+    job.advance(10, SampledToken(5), ends=False, now=4.0)
+    assert job.first_token == FirstToken(5)
+    assert job.next_shipment(8, 100) == Shipment(1, 2, 1)
+    assert job.all_shipped
+    assert job.state is JobState.COMPUTED
+
+
+def test_what_the_decode_worker_holds_is_not_sent(ledger: BlockLedger) -> None:
+    job = job_of(12, ledger, num_held=2)
+    job.advance(12, SampledToken(5), ends=False, now=3.0)
+    assert job.next_shipment(8, 100) == Shipment(0, 2, 1)
+    assert job.all_shipped
+
+
+def test_the_window_holds_segments_back(ledger: BlockLedger) -> None:
+    job = job_of(12, ledger)
+    job.advance(12, SampledToken(5), ends=False, now=3.0)
+    assert job.next_shipment(2, 1) == Shipment(0, 0, 1)
+    assert job.next_shipment(2, 1) == Shipment(1, 1, 1)
+    assert job.next_shipment(2, 1) is None
+    job.acknowledge(0, ok=True)
+    assert job.next_shipment(2, 1) == Shipment(2, 2, 1)
+
+
+def test_a_corrupt_segment_is_sent_again_with_its_index(ledger: BlockLedger) -> None:
+    job = job_of(8, ledger)
+    job.advance(8, SampledToken(5), ends=False, now=3.0)
+    first = job.next_shipment(8, 1)
+    job.next_shipment(8, 1)
+    assert job.all_shipped
+    job.acknowledge(0, ok=False)
+    assert not job.all_shipped
+    assert job.next_shipment(8, 1) == first
+    assert job.all_shipped
+
+
+def test_a_first_token_that_is_the_last_ships_nothing(ledger: BlockLedger) -> None:
+    job = job_of(8, ledger)
+    job.advance(8, SampledToken(5), ends=True, now=3.0)
+    assert job.next_shipment(8, 100) is None
+    assert job.all_shipped
+    assert job.num_segments == 0
+
+
+def test_a_busy_decode_worker_puts_the_job_back_without_blocks(ledger: BlockLedger) -> None:
+    job = job_of(8, ledger, started=False)
+    hold = ledger.open("job")
+    hold.grow_to(2)
+    job.start(hold, 0, now=2.0)
+    job.put_back()
+    assert (job.state, job.resting) == (JobState.QUEUED, True)
+    assert ledger.owners() == []
+
+
+def test_illegal_moves_are_refused(ledger: BlockLedger) -> None:
+    job = job_of(8, ledger, started=False)
+    with pytest.raises(AssertionError, match="cannot go from queued to ready"):
+        job.reserved(0)

@@ -1,0 +1,80 @@
+"""The index against a brute-force one, over random histories."""
+
+from collections import defaultdict
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pdserve.contract.ids import BlockHash, Incarnation
+from router.prefix_index import PrefixIndex
+
+NAMES = [BlockHash(i * 0x9E3779B97F4A7C15 % 2**64) for i in range(1, 30)]
+workers = st.integers(1, 5).map(Incarnation)
+some_names = st.lists(st.sampled_from(NAMES), unique=True, max_size=10)
+events = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), workers, some_names),
+        st.tuples(st.just("end"), workers, some_names),
+        st.tuples(st.just("store"), workers, some_names),
+        st.tuples(st.just("remove"), workers, some_names),
+        st.tuples(st.just("sweep"), workers, some_names),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(events, some_names)
+def test_against_sets_of_names(
+    history: list[tuple[str, Incarnation, list[BlockHash]]], prompt: list[BlockHash]
+) -> None:
+    index = PrefixIndex()
+    truth: dict[Incarnation, set[BlockHash]] = {}
+    for what, worker, names in history:
+        if what == "add":
+            index.add_worker(worker)
+            truth[worker] = set()
+        elif what == "end":
+            index.remove_worker(worker)
+            truth.pop(worker, None)
+        elif what == "sweep":
+            for _ in range(len(names) * 60):
+                index.sweep()
+        elif worker in truth and what == "store":
+            index.store(worker, names)
+            truth[worker] |= set(names)
+        elif worker in truth:
+            index.remove(worker, names)
+            truth[worker] -= set(names)
+    assert index.num_held_blocks(prompt) == _leading_runs(truth, prompt)
+    for worker, held in truth.items():
+        xor = 0
+        for name in held:
+            xor ^= name
+        assert index.agrees(worker, len(held), xor)
+        assert not index.agrees(worker, len(held) + 1, xor)
+
+
+def test_a_swept_bit_is_given_to_the_next_worker_without_the_old_names() -> None:
+    index = PrefixIndex()
+    index.add_worker(Incarnation(1))
+    index.store(Incarnation(1), NAMES)
+    index.remove_worker(Incarnation(1))
+    assert index.num_names == len(NAMES)
+    for _ in range(256):
+        index.sweep()
+    assert index.num_names == 0
+    index.add_worker(Incarnation(2))
+    assert index.num_held_blocks(NAMES) == {}
+
+
+def _leading_runs(
+    truth: dict[Incarnation, set[BlockHash]], prompt: list[BlockHash]
+) -> dict[Incarnation, int]:
+    runs: dict[Incarnation, int] = defaultdict(int)
+    for worker, held in truth.items():
+        for name in prompt:
+            if name not in held:
+                break
+            runs[worker] += 1
+    return dict(runs)
