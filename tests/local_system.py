@@ -97,7 +97,7 @@ class LocalSystem:
     async def at_rest(self) -> None:
         """Wait until no worker holds anything for a request."""
         async with asyncio.timeout(10):
-            while any(worker.ledger.owners() for worker in self.workers.values()):
+            while any(worker.ledger.owners() for worker in self.workers.values()):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         for worker in self.workers.values():
             worker.check()

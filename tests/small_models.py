@@ -62,9 +62,16 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCAB_SIZE, n_embd=64, n_layer=3, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2
     ),
-    "mixtral": lambda: MixtralConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    "mixtral": lambda: MixtralConfig(
+        **_GROUPED, num_local_experts=4, num_experts_per_tok=2, sliding_window=None
+    ),
     "qwen3_moe": lambda: Qwen3MoeConfig(
-        **_GROUPED, head_dim=16, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True
+        **_GROUPED,
+        head_dim=16,
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+        norm_topk_prob=True,
     ),
 }
 

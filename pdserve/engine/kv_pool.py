@@ -5,6 +5,7 @@ in an anonymous memory file that a process on the same host can map while the ow
 vanishes with its last user.
 """
 
+import fcntl
 import mmap
 import os
 import secrets
@@ -22,7 +23,7 @@ from pdserve.engine.host import available_bytes, host_id
 from pdserve.engine.settings import EngineSettings
 
 EXPORT_TOKEN_BYTES = 16
-_LEAST_BLOCKS = 16
+_LEAST_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,10 @@ class KvPool:
         """Zero whole blocks, so that positions not yet written hold finite values."""
         self._bytes.index_fill_(0, self._index(block_ids), 0)
 
+    def rows(self) -> memoryview | None:
+        """The pool's own bytes, writable, [num_blocks, block_bytes]; None on a GPU."""
+        return None if self._memory is None else self._bytes.numpy().reshape(self._num_blocks, -1).data
+
     def export(self) -> PoolExport | None:
         """How a process on this host maps the pool; None on a GPU."""
         host = host_id()
@@ -136,15 +141,28 @@ class _MemoryFile:
 
     def __init__(self, num_bytes: int) -> None:
         self.token = secrets.token_bytes(EXPORT_TOKEN_BYTES)
-        self.fd = os.memfd_create("pdserve-kv", os.MFD_CLOEXEC)
+        self.fd = os.memfd_create("pdserve-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         weakref.finalize(self, os.close, self.fd)
         os.ftruncate(self.fd, num_bytes + EXPORT_TOKEN_BYTES)
+        # A file that cannot shrink cannot make a reader of its mapping fault.
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         self.map = mmap.mmap(self.fd, num_bytes + EXPORT_TOKEN_BYTES)
         self.map[num_bytes:] = self.token
 
 
-def plan_num_blocks(layout: KvLayout, settings: EngineSettings, max_model_len: int, device: torch.device) -> int:
-    """How many blocks the pool gets. Raises ConfigError with the numbers when they cannot hold a sequence."""
+def require_room(weight_bytes: int, settings: EngineSettings, device: torch.device) -> None:
+    """Raises ConfigError when the weights alone do not fit in what is free."""
+    available = available_bytes(device)
+    if weight_bytes > available:
+        raise ConfigError(
+            f"model {settings.model!r} does not fit: its weights take {_gib(weight_bytes)}, free are "
+            f"{_gib(available)}: choose a smaller model, or free memory",
+            param="model",
+        )
+
+
+def plan_num_blocks(layout: KvLayout, settings: EngineSettings, device: torch.device) -> int:
+    """How many blocks the pool gets. Raises ConfigError with the numbers when there are too few."""
     available = available_bytes(device)
     budget = settings.kv_memory_bytes or int(available * settings.kv_memory_fraction)
     if budget > available:
@@ -154,10 +172,11 @@ def plan_num_blocks(layout: KvLayout, settings: EngineSettings, max_model_len: i
             param="kv_memory_bytes",
         )
     num_blocks = budget // layout.block_bytes
-    if num_blocks < _LEAST_BLOCKS:
+    if num_blocks * layout.block_size < _LEAST_TOKENS:
+        needed = -(-_LEAST_TOKENS // layout.block_size) * layout.block_bytes
         raise ConfigError(
-            f"the KV pool of {_gib(budget)} holds {num_blocks} blocks of {layout.block_bytes} bytes, at least "
-            f"{_LEAST_BLOCKS} are needed: raise kv_memory_bytes or kv_memory_fraction, or free memory "
+            f"the KV pool of {_gib(budget)} holds {num_blocks * layout.block_size} tokens, the least is "
+            f"{_LEAST_TOKENS} ({_gib(needed)}): raise kv_memory_bytes or kv_memory_fraction, or free memory "
             f"({_gib(available)} free)",
             param="kv_memory_bytes",
         )

@@ -197,7 +197,7 @@ async def test_each_kind_of_stream_has_its_own_connection(rpc: GrpcRpc) -> None:
 
 
 async def test_further_services_can_be_registered(rpc: GrpcRpc) -> None:
-    servicer = health.aio.HealthServicer()
+    servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in its stubs
 
     def register(server: grpc.aio.Server) -> None:
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)

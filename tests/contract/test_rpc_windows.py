@@ -64,12 +64,16 @@ async def test_a_sender_in_a_full_window_learns_that_the_stream_broke(pair: Pair
     server = await pair.serve(handler)
     stream = await pair.client.open(server.address, Call.KV)
 
+    num_sent = 0
+
     async def fill() -> None:
+        nonlocal num_sent
         while True:
             await stream.send(bytes(MIB))
+            num_sent += 1
 
     filling = asyncio.ensure_future(fill())
-    await until_still(lambda: 0)
+    await until_still(lambda: num_sent)
     await server.stop(0)
     with pytest.raises(StreamBroken):
         await filling

@@ -5,6 +5,8 @@ import dataclasses
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pdserve.contract.errors import ProtocolViolation
 from pdserve.contract.ids import BlockId
@@ -12,7 +14,7 @@ from pdserve.contract.messages import Message, Segment
 from pdserve.contract.ports import Call, MessageStream
 from pdserve.contract.work import LayerRange
 from pdserve.handoff.digest import digest
-from pdserve.handoff.transports.grpc_stream import MESSAGE_BYTES
+from pdserve.handoff.transports.grpc_stream import MESSAGE_BYTES, cut
 from tests.contract.transport_pair import WORLDS, MemoryFilePool, Pair, World, block_ids
 
 
@@ -93,19 +95,27 @@ def test_layers_travel_in_groups(world: World) -> None:
     world.run(story)
 
 
-def test_a_full_window_waits_for_nobody(world: World) -> None:
-    """Everything is sent before anything is received, several times what the streams hold."""
+def test_a_slow_receiver_slows_the_source(world: World) -> None:
+    """Several times what the streams hold is sent by a source that is always ahead."""
 
     async def story(pair: Pair) -> None:
         transfer = await pair.open()
-        sources = [block_ids(20, 40, seed) for seed in range(8)]
-        segments = [
-            await transfer.sender.send(index, 0, ids, pair.all_layers) for index, ids in enumerate(sources)
-        ]
-        for segment, ids in zip(segments, sources, strict=True):
-            targets = block_ids(20, 40, segment.index + 100)
+        announced: asyncio.Queue[tuple[Segment, list[BlockId]]] = asyncio.Queue()
+
+        async def send_all() -> None:
+            for index in range(12):
+                ids = block_ids(20, 40, index)
+                announced.put_nowait((await transfer.sender.send(index, 0, ids, pair.all_layers), ids))
+
+        sending = asyncio.ensure_future(send_all())
+        for index in range(12):
+            segment, ids = await announced.get()
+            targets = block_ids(20, 40, index + 100)
+            for _ in range(20):
+                await asyncio.sleep(0)
             assert await transfer.receiver.receive(segment, targets)
             np.testing.assert_array_equal(pair.decode.pool.array[targets], pair.source.pool.array[ids])
+        await sending
         await transfer.close()
 
     world.run(story, 40, 384 * 1024, 3)
@@ -235,3 +245,24 @@ def test_blocks_outside_the_source_pool_are_refused(rows: tuple[int, ...]) -> No
         await transfer.close()
 
     World("shared_memory", "memory", MemoryFilePool).run(story)
+
+
+@given(st.integers(0, 50), st.integers(1, 80), st.integers(0, 79), st.integers(1, 3 * MESSAGE_BYTES // 8))
+def test_pieces_cover_a_segment_in_canonical_order(
+    num_blocks: int, num_layers: int, first_layer: int, layer_lanes: int
+) -> None:
+    layers = LayerRange(first_layer, first_layer + num_layers)
+    layer_bytes = layer_lanes * 8
+    covered: list[tuple[int, int, int]] = []
+    first_lane = 0
+    for piece in cut(num_blocks, layers, layer_bytes):
+        assert piece.first_lane == first_lane
+        assert piece.num_bytes == (piece.stop - piece.start) * len(piece.layers) * layer_bytes
+        assert piece.num_bytes <= max(MESSAGE_BYTES, layer_bytes)
+        assert piece.layers == layers or piece.stop == piece.start + 1
+        first_lane += piece.num_bytes // 8
+        for block in range(piece.start, piece.stop):
+            covered.append((block, piece.layers.start, piece.layers.stop))
+    assert [(block, layer) for block, start, stop in covered for layer in range(start, stop)] == [
+        (block, layer) for block in range(num_blocks) for layer in range(layers.start, layers.stop)
+    ]

@@ -53,6 +53,10 @@ async def system(request: pytest.FixtureRequest, llama: SmallModel) -> AsyncIter
     transports = ("grpc",) if unsplit else (request.param,)
     async with local_system(llama.folder, transports, num_prefill=0 if unsplit else 1) as system:
         yield system
+        if not unsplit:  # the transport asked for was the one used
+            (moved,) = bytes_moved(system).items()
+            assert moved[0] == request.param
+            assert moved[1] > 0
 
 
 async def test_alone_cold_and_warm(system: LocalSystem, expected: Expected) -> None:
@@ -124,6 +128,12 @@ async def test_a_client_that_leaves_frees_both_sides(system: LocalSystem) -> Non
                 await anext(stream)
             await stream.close()
             await system.at_rest()
+
+
+def bytes_moved(system: LocalSystem) -> dict[str, float]:
+    """KV bytes that the decode worker has received, by transport."""
+    samples = (sample for metric in system.workers["decode-0"].registry.collect() for sample in metric.samples)
+    return {s.labels["transport"]: s.value for s in samples if s.name == "pdserve_kv_transfer_bytes_total"}
 
 
 def small_model(architecture: str, folder: Path) -> SmallModel:

@@ -1,6 +1,6 @@
 """Every message that may travel arrives as it was, and nothing that arrives makes a decoder stumble."""
 
-import dataclasses
+import functools
 import typing
 from enum import StrEnum
 from types import NoneType, UnionType
@@ -51,6 +51,7 @@ DIRECTED = [(call, direction) for call, direction in MESSAGE_KINDS if call is no
 KINDS = [(call, direction, kind) for call, direction in DIRECTED for kind in MESSAGE_KINDS[call, direction]]
 
 
+@functools.cache
 def instances(kind: Any) -> st.SearchStrategy[Any]:
     """Any value that the type hint `kind` allows."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
@@ -65,8 +66,7 @@ def instances(kind: Any) -> st.SearchStrategy[Any]:
     if issubclass(kind, StrEnum):
         return st.sampled_from(kind)
     hints = typing.get_type_hints(kind)
-    fields = [field.name for field in dataclasses.fields(kind)]
-    return st.builds(kind, **{name: BY_NAME.get(name, instances(hints[name])) for name in fields})
+    return st.builds(kind, **{name: BY_NAME.get(name, instances(hint)) for name, hint in hints.items()})
 
 
 def travel(message: Message, sender: Codec, receiver: Codec) -> list[Message]:

@@ -1,0 +1,173 @@
+"""The HTTP API over real workers: text, sampling fields, errors and usage, with the official client."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+
+from pdserve.contract.tokens import unpack_tokens
+from pdserve.engine.settings import EngineSettings
+from router.text import TextModel
+from tests.local_system import LocalSystem
+from tests.reference import greedy_reference
+from tests.small_models import VOCAB_SIZE, SmallModel, make_model
+from tests.small_tokenizers import byte_level_tokenizer
+
+PROMPT = "The quick brown fox jumps over the lazy dog."
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
+    torch.set_num_threads(1)
+    model = make_model("llama", tmp_path_factory.mktemp("llama"), seed=1)
+    byte_level_tokenizer(VOCAB_SIZE).save(str(model.folder / "tokenizer.json"))
+    return model
+
+
+@pytest.fixture
+async def system(model: SmallModel) -> AsyncIterator[LocalSystem]:
+    settings = EngineSettings(
+        str(model.folder), served_name="small", dtype="float32", threads=1, kv_memory_bytes=4 << 20
+    )
+    async with LocalSystem(settings) as system:
+        yield system
+        await system.at_rest()
+
+
+@pytest.fixture
+async def client(system: LocalSystem) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{system.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def text_model(model: SmallModel) -> TextModel:
+    return TextModel.load(model.folder)
+
+
+def greedy_text(model: SmallModel, text_model: TextModel, num_tokens: int) -> tuple[list[int], str]:
+    prompt = unpack_tokens(text_model.encode(PROMPT))
+    output = greedy_reference(model.reference, prompt, num_tokens)
+    return output, text_model.decode_ids(output)
+
+
+async def test_text_equals_the_decoded_reference(
+    client: openai.AsyncOpenAI, model: SmallModel, text_model: TextModel
+) -> None:
+    output, text = greedy_text(model, text_model, 24)
+    extra = {"return_token_ids": True, "ignore_eos": True}
+    answer = await client.completions.create(
+        model="small", prompt=PROMPT, max_tokens=24, temperature=0, extra_body=extra
+    )
+    assert answer.choices[0].model_extra["token_ids"] == output
+    assert answer.choices[0].text == text
+    assert answer.choices[0].finish_reason == "length"
+    pieces = ""
+    stream = await client.completions.create(
+        model="small", prompt=PROMPT, max_tokens=24, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    )
+    async for chunk in stream:
+        pieces += chunk.choices[0].text
+    assert pieces == text
+
+
+async def test_a_stop_string_across_tokens_ends_the_request_at_the_workers(
+    client: openai.AsyncOpenAI, system: LocalSystem, model: SmallModel, text_model: TextModel
+) -> None:
+    _, text = greedy_text(model, text_model, 24)
+    stop = text[6:10]
+    answer = await client.completions.create(
+        model="small", prompt=PROMPT, max_tokens=400, temperature=0, stop=stop, extra_body={"ignore_eos": True}
+    )
+    assert answer.choices[0].text == text[: text.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+    await system.at_rest()
+
+
+async def test_log_probabilities_are_the_models_own(
+    client: openai.AsyncOpenAI, model: SmallModel, text_model: TextModel
+) -> None:
+    output, _ = greedy_text(model, text_model, 8)
+    answer = await client.completions.create(
+        model="small", prompt=PROMPT, max_tokens=8, temperature=0, logprobs=3, extra_body={"ignore_eos": True}
+    )
+    prompt = unpack_tokens(text_model.encode(PROMPT))
+    with torch.inference_mode():
+        logits = model.reference(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
+    expected = logits.log_softmax(-1)[range(8), output]
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.token_logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+    assert logprobs.top_logprobs is not None
+    best = [max(top.values()) for top in logprobs.top_logprobs]  # greedy: the chosen token's
+    assert best == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+async def test_n_answers_differ_and_are_reproducible(client: openai.AsyncOpenAI) -> None:
+    answers = [
+        await client.completions.create(model="small", prompt=PROMPT, max_tokens=12, n=3, seed=5, temperature=1.0)
+        for _ in range(2)
+    ]
+    texts = [[choice.text for choice in answer.choices] for answer in answers]
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) == 3
+
+
+async def test_usage_counts_and_cached_tokens(client: openai.AsyncOpenAI, text_model: TextModel) -> None:
+    prompt = PROMPT * 4
+    num_prompt = len(unpack_tokens(text_model.encode(prompt)))
+    usages = []
+    for _ in range(2):
+        answer = await client.completions.create(model="small", prompt=prompt, max_tokens=4, temperature=0)
+        assert answer.usage is not None
+        usages.append(answer.usage)
+    assert [usage.prompt_tokens for usage in usages] == [num_prompt] * 2
+    cached = [usage.prompt_tokens_details.cached_tokens for usage in usages if usage.prompt_tokens_details]
+    assert cached == [0, (num_prompt - 1) // 16 * 16]
+
+
+async def test_what_cannot_be_is_refused_with_the_cause(client: openai.AsyncOpenAI, system: LocalSystem) -> None:
+    with pytest.raises(openai.BadRequestError, match="max_tokens"):
+        await client.completions.create(model="small", prompt=PROMPT, max_tokens=10_000)
+    with pytest.raises(openai.BadRequestError, match="vocabulary"):
+        await client.completions.create(model="small", prompt=[VOCAB_SIZE + 5])
+    with pytest.raises(openai.NotFoundError, match="not served here"):
+        await client.completions.create(model="other", prompt=PROMPT)
+    async with httpx.AsyncClient(base_url=system.url) as http:
+        answer = await http.post("/v1/completions", json={"model": "small", "prompt": "x", "suffix": "y"})
+        assert answer.status_code == 400
+        assert "suffix" in answer.json()["error"]["message"]
+
+
+async def test_a_deadline_reaches_both_workers(system: LocalSystem) -> None:
+    async with httpx.AsyncClient(base_url=system.url) as http:
+        body = {"model": "small", "prompt": PROMPT * 5, "max_tokens": 250, "ignore_eos": True}
+        answer = await http.post("/v1/completions", json=body, headers={"X-Request-Timeout-Ms": "60"})
+    assert answer.status_code in (408, 504)
+    assert "deadline" in answer.json()["error"]["message"]
+    await system.at_rest()
+
+
+async def test_many_clients_at_once_leave_nothing_behind(system: LocalSystem) -> None:
+    async def one(index: int, http: httpx.AsyncClient) -> int:
+        body = {"model": "small", "prompt": f"{index} {PROMPT}", "max_tokens": 8, "stream": True, "ignore_eos": True}
+        num_events = 0
+        async with http.stream("POST", "/v1/completions", json=body) as answer:
+            async for line in answer.aiter_lines():
+                if line.startswith("data: {"):
+                    assert "error" not in json.loads(line[6:])
+                    num_events += 1
+                if index % 3 == 0 and num_events == 2:
+                    break  # leaves in mid-stream
+        return num_events
+
+    limits = httpx.Limits(max_connections=64)
+    async with httpx.AsyncClient(base_url=system.url, limits=limits, timeout=60) as http:
+        counts = await asyncio.gather(*(one(index, http) for index in range(48)))
+    assert all(count >= 1 for count in counts)
+    await system.at_rest()
