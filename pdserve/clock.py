@@ -1,6 +1,6 @@
 """Time and randomness: the real ones and the reproducible ones.
 
-`LoopClock` is the time of the running asyncio loop. `run_virtual` runs a coroutine on a loop whose time
+`LoopClock` is real time. `run_virtual` runs a coroutine on a loop whose time
 jumps to the next timer whenever nothing is ready, so simulated hours take seconds and every run with the
 same seed is the same run. No thread and no socket may be used under it.
 """
@@ -8,6 +8,7 @@ same seed is the same run. No thread and no socket may be used under it.
 import asyncio
 import random
 import selectors
+import time
 from collections.abc import Coroutine
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
@@ -16,10 +17,10 @@ T = TypeVar("T")
 
 
 class LoopClock:
-    """The running event loop's own clock."""
+    """Monotonic time; sleeping and timeouts are the running event loop's."""
 
     def now(self) -> float:
-        return asyncio.get_running_loop().time()
+        return time.monotonic()  # not loop.time(): uvloop's stands still within one pass, in milliseconds
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)

@@ -17,6 +17,7 @@ from pdserve.engine.engine import ModelEngine
 from pdserve.engine.executor import ThreadExecutor
 from pdserve.engine.settings import EngineSettings
 from pdserve.rpc.grpc_rpc import GrpcRpc
+from router.grpc_api import GrpcApi, serve_grpc
 from router.http_api import create_app
 from router.http_server import HttpServer, serve_http
 from router.router import Router
@@ -51,6 +52,7 @@ class LocalSystem:
         self._plan = [(f"prefill-{i}", Role.PREFILL) for i in range(num_prefill)]
         self._plan += [(f"decode-{i}", decode_role) for i in range(num_decode)]
         self._http: HttpServer | None = None
+        self._grpc: GrpcApi | None = None
         self._epoch = 0
 
     @property
@@ -58,15 +60,23 @@ class LocalSystem:
         assert self._http is not None
         return f"http://127.0.0.1:{self._http.port}"
 
+    @property
+    def grpc_address(self) -> str:
+        assert self._grpc is not None
+        return f"127.0.0.1:{self._grpc.port}"
+
     async def __aenter__(self) -> "LocalSystem":
         await self.start_workers(self._plan)
         await self.push_members()
         text = TextModel.load(self._engine.model)
         self._http = await serve_http(create_app(self.router, text), "127.0.0.1", 0)
+        self._grpc = await serve_grpc(self.router, text, "127.0.0.1", 0)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         assert self._http is not None
+        assert self._grpc is not None
+        await self._grpc.stop()
         await self._http.stop()
         await self.router.close()
         await self.stop_workers()

@@ -7,6 +7,7 @@ from controller.worker import Worker, WorkerSettings
 from pdserve.clock import SeededRng, VirtualClock
 from pdserve.contract.ids import RouterId, WorkerId
 from pdserve.contract.messages import Members, Role
+from pdserve.contract.ports import EngineExecutor
 from pdserve.contract.sampling import SamplingParams
 from pdserve.contract.tokens import pack_tokens, unpack_tokens
 from pdserve.engine.executor import InlineExecutor
@@ -64,21 +65,37 @@ class MemorySystem:
         for worker in self.workers.values():
             self._assert_nothing_held(worker)
 
-    async def start_worker(self, name: str, role: Role) -> Worker:
+    async def start_worker(self, name: str, role: Role, address: str = "") -> Worker:
         engine = FakeEngine(self._num_blocks, **self._engine_options)  # type: ignore[arg-type]
         worker = Worker(
             WorkerId(name),
             role,
             engine,
-            InlineExecutor(engine, self.clock),
+            self.executor_of(engine),
             MemoryRpc(self.network, name),
             self.clock,
             self.rng,
             self._settings,
         )
-        await worker.start(f"{name}:0")
+        await worker.start(address or f"{name}:0")
         self.engines[name], self.workers[name] = engine, worker
         return worker
+
+    def executor_of(self, engine: FakeEngine) -> EngineExecutor:
+        """Runs the engine of a worker that is being started; tests may replace it by a worse one."""
+        return InlineExecutor(engine, self.clock)
+
+    def kill(self, name: str) -> Worker:
+        """As SIGKILL. The controller notices at once; the dead worker is returned, to be buried by `bury`."""
+        self.network.kill(name)
+        worker = self.workers.pop(name)
+        self.push_members()
+        return worker
+
+    async def bury(self, worker: Worker) -> None:
+        """End what is left of a killed worker's objects, and see that its ledger balanced to the end."""
+        await worker.stop()
+        self._assert_nothing_held(worker)
 
     def push_members(self) -> None:
         """What the controller does whenever the membership changes."""

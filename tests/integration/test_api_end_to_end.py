@@ -5,11 +5,14 @@ import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import grpc
 import httpx
 import openai
 import pytest
 import torch
 
+from pdserve.api.v1 import generate_pb2 as pb
+from pdserve.api.v1 import generate_pb2_grpc as pb_grpc
 from pdserve.contract.tokens import unpack_tokens
 from pdserve.engine.settings import EngineSettings
 from router.text import TextModel
@@ -151,6 +154,28 @@ async def test_a_deadline_reaches_both_workers(system: LocalSystem) -> None:
     assert answer.status_code in (408, 504)
     assert "deadline" in answer.json()["error"]["message"]
     await system.at_rest()
+
+
+async def test_the_grpc_api_says_the_same_and_its_cancel_and_deadline_reach_both_workers(
+    system: LocalSystem, model: SmallModel, text_model: TextModel
+) -> None:
+    output, _ = greedy_text(model, text_model, 24)
+    request = pb.GenerateRequest(
+        text=PROMPT, max_tokens=24, return_token_ids=True, sampling=pb.Sampling(temperature=0, ignore_eos=True)
+    )
+    endless = pb.GenerateRequest(text=PROMPT, max_tokens=400, sampling=pb.Sampling(ignore_eos=True))
+    async with grpc.aio.insecure_channel(system.grpc_address) as channel:
+        stub = pb_grpc.GenerationStub(channel)
+        answer = await stub.Generate(request)
+        assert list(answer.choices[0].token_ids) == output
+        call = stub.GenerateStream(endless)
+        await call.read()
+        call.cancel()
+        await system.at_rest()
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await stub.Generate(endless, timeout=0.06)
+        assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        await system.at_rest()
 
 
 async def test_many_clients_at_once_leave_nothing_behind(system: LocalSystem) -> None:

@@ -3,16 +3,20 @@
 import ast
 import enum
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import controller.cli
 import controller.status
 import decode_worker.request
 import pdserve.contract.messages
 import pdserve.handoff.ledger
 import pdserve.handoff.prefill_job
+from pdserve.config import DeployConfig
 from pdserve.contract.work import BlockCounts
 from tools import make_metrics_docs
 
@@ -106,7 +110,7 @@ def sections(page: Path) -> dict[str, list[list[str]]]:
     found: dict[str, list[list[str]]] = {}
     for section in re.split(r"^## ", page.read_text(), flags=re.MULTILINE)[1:]:
         link = re.search(r"\[`(\w+)`\]", section)
-        rows = [line.strip("| ").split(" |") for line in section.splitlines() if line.startswith("|")]
+        rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("|")]
         if link is not None and rows:
             found[link[1]] = [[cell.strip() for cell in row] for row in rows[2:]]
     return found
@@ -171,6 +175,25 @@ def test_the_two_commands_start_and_test() -> None:
     commands = code_blocks(ROOT / "README.md", "sh").splitlines()
     assert "make up" in [line.split("#")[0].strip() for line in commands]
     assert "make test" in [line.split("#")[0].strip() for line in commands]
+
+
+def test_command_lines_are_understood() -> None:
+    """Every `pdserve ...` line of the README parses; nothing is run."""
+    lines = [line.split(" # ")[0] for line in code_blocks(ROOT / "README.md", "sh").splitlines()]
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("pdserve ")]
+    assert {words[0] for words in commands} == {"up", "status", "generate", "down"}
+    for words in commands:
+        controller.cli._parser().parse_args(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_configuration_keys_exist(page: Path) -> None:
+    sections = "|".join(DeployConfig.model_fields)
+    for key in re.findall(rf"`((?:{sections})(?:\.[a-z_]+)+)`", page.read_text()):
+        kind: Any = DeployConfig
+        for name in key.split("."):
+            assert name in kind.model_fields, f"{key} is not a configuration key"
+            kind = kind.model_fields[name].annotation
 
 
 def test_folders_in_the_picture_exist() -> None:

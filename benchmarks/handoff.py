@@ -1,0 +1,201 @@
+"""What the hand-off costs a user: time to first and second token, split against unsplit, and KV transfer.
+
+    python -m benchmarks.handoff --json results.json
+    python -m benchmarks.handoff --smoke
+
+Two systems run on this machine, one with a prefill and a decode worker and one with a single unsplit worker,
+each worker with one thread; a third copy of the same engine, in this process, computes the same prompt
+without any server. One client sends one request at a time over HTTP: bare engine, split, unsplit, in turns,
+each with a prompt of its own. What the whole stack adds is the time to first token less the bare prefill of
+the same round. KV transfer rates per transport come from `benchmarks.transports`, run afterwards.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx
+import torch
+
+from benchmarks import transports
+from benchmarks.conditions import conditions
+from benchmarks.engine import SHAPE, make_model
+from pdserve.contract.ids import BlockId
+from pdserve.contract.sampling import SamplingParams
+from pdserve.contract.tokens import pack_tokens, slice_tokens
+from pdserve.contract.work import SampleRequest, SequenceStep, StepBatch
+from pdserve.engine.chunking import PromptProgress, next_chunk_stop
+from pdserve.engine.engine import ModelEngine
+from pdserve.engine.settings import EngineSettings
+
+READY_TIMEOUT_S = 180
+KV_MEMORY = "512MiB"
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Of one request over HTTP, seconds from sending it."""
+
+    first_token_s: float
+    second_token_s: float
+
+
+def main() -> None:
+    arguments = _parse()
+    torch.set_num_threads(1)
+    rounds = 3 if arguments.smoke else arguments.rounds
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as systems:
+        make_model(Path(folder))
+        engine = ModelEngine.load(
+            EngineSettings(folder, threads=1, kv_memory_bytes=512 << 20, chunk_tokens=arguments.chunk_tokens)
+        )
+        urls = {
+            name: systems.enter_context(running(name, folder, pools, arguments.chunk_tokens))
+            for name, pools in (("split", ("1", "1")), ("unsplit", ("0", "1")))
+        }
+        latencies = measure(engine, urls, arguments.tokens, rounds)
+    rates = transports.run((64 << 20) // transports.LAYOUT.block_bytes, 3 if arguments.smoke else 9)
+    result = conditions("handoff") | {
+        "model": {"shape": SHAPE, "dtype": "bfloat16"},
+        "prompt_tokens": arguments.tokens,
+        "chunk_tokens": arguments.chunk_tokens,
+        "rounds": rounds,
+        "latency": latencies,
+        "transfer": {name: rate.summary(rates["copy"]) for name, rate in rates.items()},
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.json:
+        Path(arguments.json).write_text(text + "\n")
+
+
+@contextmanager
+def running(name: str, model: str, pools: tuple[str, str], chunk_tokens: int) -> Iterator[str]:
+    """A system of its own; its URL once it is ready."""
+    common = [sys.executable, "-m", "controller.cli"]
+    command = [*common, "up", "--name", f"bench-{name}", "--model", model, "--served-name", "bench"]
+    command += ["--prefill", pools[0], "--decode", pools[1], "--threads", "1", "--port", "0"]
+    command += ["--set", f"engine.kv_memory={KV_MEMORY}", "--set", f"engine.chunk_tokens={chunk_tokens}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        yield _url(process, [*common, "status", "--name", f"bench-{name}", "--json"])
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def measure(engine: ModelEngine, urls: dict[str, str], num_tokens: int, rounds: int) -> dict[str, Any]:
+    """Alternate the three; the first two rounds warm up and are not counted."""
+    rng = random.Random(1)
+    bare: list[float] = []
+    served: dict[str, list[Latency]] = {name: [] for name in urls}
+    with httpx.Client(timeout=120) as client:
+        for number in range(rounds + 2):
+            bare.append(bare_prefill(engine, _prompt(rng, num_tokens)))
+            for name, url in urls.items():
+                served[name].append(request(client, url, _prompt(rng, num_tokens)))
+            print(f"round {number}: bare {bare[-1]:.3f} s, " + _line(served), flush=True)
+    return {"bare_prefill_s": _spread(bare[2:])} | {
+        name: _summary(bare[2:], latencies[2:]) for name, latencies in served.items()
+    }
+
+
+def bare_prefill(engine: ModelEngine, prompt: list[int]) -> float:
+    """Seconds of the steps that prefill the prompt in chunks and sample the next token; no server."""
+    tokens, info = pack_tokens(prompt), engine.info
+    table = [BlockId(block) for block in range(-(-len(prompt) // info.block_size))]
+    greedy = SampleRequest(SamplingParams(temperature=0.0), seed=0, position=len(prompt), output_index=0)
+    started = time.perf_counter()
+    start = 0
+    while start < len(prompt):
+        stop = next_chunk_stop(PromptProgress(start, len(prompt)), info.chunk_tokens)
+        sample = greedy if stop == len(prompt) else None
+        engine.step(StepBatch([SequenceStep(slice_tokens(tokens, start, stop), start, table, sample)]))
+        start = stop
+    return time.perf_counter() - started
+
+
+def request(client: httpx.Client, url: str, prompt: list[int]) -> Latency:
+    """Stream two tokens."""
+    body = {
+        "model": "bench",
+        "prompt": prompt,
+        "max_tokens": 2,
+        "temperature": 0,
+        "stream": True,
+        "return_token_ids": True,
+        "ignore_eos": True,
+    }
+    arrivals: list[float] = []
+    started = time.perf_counter()
+    with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["token_ids"]:
+                arrivals.append(time.perf_counter() - started)
+    return Latency(arrivals[0], arrivals[1])
+
+
+def _url(process: "subprocess.Popen[bytes]", status: list[str]) -> str:
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        answer = subprocess.run(status, capture_output=True, text=True)
+        if answer.returncode == 0 and (system := json.loads(answer.stdout))["state"] == "ready":
+            url: str = system["routers"][0]["url"]
+            return url
+        time.sleep(1)
+    raise SystemExit("the system did not become ready; run the same `pdserve up` by hand to see why")
+
+
+def _prompt(rng: random.Random, length: int) -> list[int]:
+    return [rng.randrange(10, SHAPE["vocab_size"]) for _ in range(length)]
+
+
+def _summary(bare: list[float], latencies: list[Latency]) -> dict[str, Any]:
+    first = [latency.first_token_s for latency in latencies]
+    added_ms = [(one - other) * 1e3 for one, other in zip(first, bare, strict=True)]
+    gaps_ms = [(latency.second_token_s - latency.first_token_s) * 1e3 for latency in latencies]
+    return {
+        "first_token_s": _spread(first),
+        "added_to_bare_prefill_ms": _spread(added_ms),
+        "added_at_the_median_ms": round((median(first) - median(bare)) * 1e3, 2),
+        "first_to_second_token_ms": _spread(gaps_ms),
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {
+        "median": round(median(values), 4),
+        "min": round(min(values), 4),
+        "max": round(max(values), 4),
+        "runs": len(values),
+    }
+
+
+def _line(served: dict[str, list[Latency]]) -> str:
+    return ", ".join(f"{name} {latencies[-1].first_token_s:.3f} s" for name, latencies in served.items())
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time to first and second token, split against unsplit.")
+    parser.add_argument("--tokens", type=int, default=512, help="prompt length")
+    parser.add_argument("--chunk-tokens", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--smoke", action="store_true", help="3 rounds; under 3 minutes on 2 cores")
+    parser.add_argument("--json", metavar="FILE", help="also write the result there")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()
