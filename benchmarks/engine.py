@@ -3,7 +3,7 @@
     python -m benchmarks.engine --threads 2 --json results.json
     python -m benchmarks.engine --smoke
 
-The model is a random 0.4B Llama shape in bfloat16 (387M parameters). Decode steps run at a context of 512
+The model is a random 0.4B Llama shape in bfloat16 (387M parameters). Decode steps run at a context of 520
 tokens per sequence; KV contents are random, since their values do not change the work. Each measured pair
 runs once with the engine and once with transformers (its default attention and DynamicCache), in turns; the
 ratio is of the medians.
@@ -34,7 +34,7 @@ from pdserve.contract.work import SampleRequest, SequenceStep, StepBatch
 from pdserve.engine.engine import ModelEngine
 from pdserve.engine.settings import EngineSettings
 
-CONTEXT = 512
+CONTEXT = 520
 BATCHES = (1, 8, 32)
 SHAPE: dict[str, Any] = {
     "vocab_size": 32768,
@@ -104,16 +104,15 @@ def measure(engine: ModelEngine, plain: Any, repeats: int) -> dict[str, Any]:
         "ratios_to_transformers": ratios,
         "prefill_512_tokens_per_s": round(512 / prefill_s, 1),
         "decode_ms_per_step": {
-            f"b{batch}": round(seconds[f"decode_b{batch}"]["engine"]["median_s"] * 1e3, 2) for batch in BATCHES
+            f"b{batch}": round(seconds[f"decode_b{batch}"]["engine"]["median_s"] * 1e3, 2)
+            for batch in BATCHES
         },
         "seconds": seconds,
         "calibrated_step_cost": asdict(engine.cost),
     }
 
 
-def alternate(
-    ours: Callable[[], float], theirs: Callable[[], float], repeats: int
-) -> tuple[Timing, Timing]:
+def alternate(ours: Callable[[], float], theirs: Callable[[], float], repeats: int) -> tuple[Timing, Timing]:
     """Run both in turns, once unmeasured and then `repeats` times."""
     ours(), theirs()
     runs = [(ours(), theirs()) for _ in range(repeats)]

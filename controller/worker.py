@@ -101,7 +101,7 @@ class Worker:
     async def start(self, address: str) -> Member:
         """Serve at `address` (port 0 picks one); what the controller tells the routers."""
         self._server = await self._rpc.serve(address, self._handlers())
-        self._running = asyncio.create_task(self.loop.run())
+        self._running = asyncio.create_task(self._run(self._server))
         self.state = WorkerState.READY
         return self.member()
 
@@ -147,18 +147,21 @@ class Worker:
         if not self._running.cancelled():
             self._running.result()
 
-    async def ended(self) -> None:
-        """Wait until the engine loop is over, and raise what ended it; only after `start`."""
-        assert self._running is not None, "the worker has not been started"
-        await asyncio.wait({self._running})
-        if not self._running.cancelled():
-            self._running.result()
-
     def check(self) -> None:
         """Raise what ended the loop, if it has ended, and AssertionError when the ledger does not balance."""
         if self._running is not None and self._running.done() and not self._running.cancelled():
             self._running.result()
         self.ledger.check_integrity()
+
+    async def _run(self, server: RpcServer) -> None:
+        """The engine loop. When it fails, all streams break at once: nobody waits for a worker that will
+        never step again."""
+        try:
+            await self.loop.run()
+        except Exception:
+            self.state = WorkerState.STOPPED
+            await server.stop(0.0)
+            raise
 
     def _make_loop(self, engine: Engine, clock: Clock, settings: WorkerSettings) -> Loop:
         if self.role is Role.PREFILL:

@@ -202,7 +202,7 @@ class DecodeLoop:
                 if not self._reserve(request):
                     break
                 request.move(Phase.PREFILLING)
-        if not self._calls.in_state(JobState.READY) and not self._calls.in_state(JobState.STARTING):
+        if not self._calls.num_tokens_in_line:
             self._calls.start_next(self._ledger)
 
     def _schedule(self) -> StepPlan:
@@ -283,17 +283,22 @@ class DecodeLoop:
         """Hold the whole prompt, or note that there was no room."""
         if not request.hold.block_ids:
             self._pin(request)
-        missing = request.num_blocks_to_prefill - len(request.hold.block_ids)
-        fits = may_reserve(
-            missing, self._ledger.num_available, self.running_sequences, self._settings.growth_reserve_blocks
-        )
-        if not fits or self._must_let_pass(request):
+        if self._must_let_pass(request) or not self._fits(request):
             request.no_room_since = request.no_room_since or self._clock.now()
             return False
         request.no_room_since = None
         self._metrics.prefix_query_tokens.inc(request.num_to_prefill)
         self._metrics.prefix_hit_tokens.inc(request.num_computed)
         request.hold.grow_to(request.num_blocks_to_prefill)
+        return True
+
+    def _fits(self, request: DecodeRequest) -> bool:
+        """Whether the whole prompt can be held, if need be of blocks that younger ones only have pinned."""
+        missing = request.num_blocks_to_prefill - len(request.hold.block_ids)
+        reserve = self._settings.growth_reserve_blocks
+        while not may_reserve(missing, self._ledger.num_available, self.running_sequences, reserve):
+            if not self._unpin_newest(request):
+                return False
         return True
 
     def _must_let_pass(self, request: DecodeRequest) -> bool:
@@ -321,18 +326,29 @@ class DecodeLoop:
         while missing > self._ledger.num_available:
             if self._unpin_newest():
                 continue
+            if self._ledger.num_retiring:
+                return False  # these blocks come at once; nobody need be preempted for them
             victim = self._victim()
-            if victim is None:
+            if victim is None and self._computes_for_others:
                 return False
-            self._preempt(victim)
-            if victim is request or victim.hold.retiring:  # its blocks come when its copy has ended
+            # Alone it still lacks room only when its own blocks keep twins from eviction: it starts again
+            # with those twins as its prefix.
+            self._preempt(victim or request)
+            if victim is None or victim is request:
                 return False
         return True
 
-    def _unpin_newest(self) -> bool:
-        """Let the newest waiting request lose its claim on cached blocks; it looks again when it starts."""
-        for request in reversed(self.in_phase(Phase.WAITING)):
-            if request.hold.block_ids:
+    @property
+    def _computes_for_others(self) -> bool:
+        return any(job.state is not JobState.QUEUED for job in self._calls.jobs)
+
+    def _unpin_newest(self, than: DecodeRequest | None = None) -> bool:
+        """Let the newest waiting request, but only one younger than `than`, lose its claim on cached blocks; it
+        looks again when it starts."""
+        for request in reversed(self._requests.values()):
+            if request is than:
+                return False
+            if request.phase is Phase.WAITING and request.hold.block_ids:
                 request.hold.unpin()
                 return True
         return False

@@ -23,6 +23,7 @@ _UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
 _PORTS = re.compile(r"(\d{1,5})-(\d{1,5})")
 _LAST_PORT = 65535
+_LARGEST_SHARE = 0.95
 
 
 def parse_bytes(value: object) -> object:
@@ -36,7 +37,12 @@ def parse_bytes(value: object) -> object:
 
 
 def _parse_kv_memory(value: object) -> object:
-    return value if value == "auto" or isinstance(value, float) else parse_bytes(value)
+    """``auto``, bytes as an int, or a fraction as a float. Raises ValueError for anything else."""
+    parsed = value if value == "auto" else parse_bytes(value)
+    is_size = isinstance(parsed, int) and not isinstance(parsed, bool) and parsed > 0
+    if parsed != "auto" and not is_size and not (isinstance(parsed, float) and 0 < parsed <= _LARGEST_SHARE):
+        raise ValueError(f"write auto, a size such as 512MiB, or a fraction up to {_LARGEST_SHARE}")
+    return parsed
 
 
 def _parse_ports(value: object) -> object:
@@ -53,10 +59,7 @@ Port = Annotated[int, Field(ge=0, le=_LAST_PORT)]
 Positive = Annotated[int, Field(ge=1)]
 PositiveSeconds = Annotated[float, Field(gt=0)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1)]
-KvMemory = Annotated[
-    Literal["auto"] | Annotated[int, Field(gt=1)] | Annotated[float, Field(gt=0, le=0.95)],
-    BeforeValidator(_parse_kv_memory),
-]
+KvMemory = Annotated[Literal["auto"] | int | float, BeforeValidator(_parse_kv_memory)]
 PortRange = Annotated[tuple[Port, Port], BeforeValidator(_parse_ports)]
 
 
@@ -68,7 +71,8 @@ class ModelConfig(_Section):
     """Which model is served, and as what."""
 
     path: str | None = None
-    """A folder with config.json and safetensors files, or a hub id. Empty: the model that comes with pdserve."""
+    """A folder with config.json and safetensors files, or a hub id. Empty: the model that comes with
+    pdserve."""
     revision: str | None = None
     """Branch, tag or commit of a hub id. Empty: the hub's main branch."""
     served_name: str | None = None
@@ -94,14 +98,17 @@ class EngineConfig(_Section):
     """How long one engine step should take at most; a step computes as many chunks as fit."""
     kv_memory: KvMemory = "auto"
     """Size of one worker's KV pool: bytes (`512MiB`), a fraction of the memory that is free after loading
-    (`0.4`), or `auto`: half of the free memory, shared by the workers of a machine, and on a CPU at most 4GiB."""
+    (`0.4`), or `auto`: on a CPU half of that, shared by the workers of the machine, and at most 4GiB; on a
+    GPU 85 % of it, shared by the workers of the GPU."""
     threads: Positive | None = None
-    """CPU threads of one worker's operators. Empty: the machine's cores divided by its workers, at least 1."""
+    """CPU threads of one worker's operators. Empty: the machine's cores divided by its workers, at least
+    1."""
     deterministic: bool | None = None
     """Results of a sequence depend neither on what runs beside it nor on how it was split. Empty: yes on a
     CPU, no on a GPU."""
     growth_reserve_blocks: Annotated[int, Field(ge=0)] = 1
-    """Blocks that a decode worker keeps free for each running sequence when a new request reserves its own."""
+    """Blocks that a decode worker keeps free for each running sequence when a new request reserves its
+    own."""
 
     @model_validator(mode="after")
     def _chunks_are_whole_blocks(self) -> "EngineConfig":
@@ -212,8 +219,8 @@ class NetworkConfig(_Section):
     """Between routers and workers."""
 
     address: str = "auto"
-    """Under which name or IP the others reach a process, where that is the same for all of them. `auto`: 127.0.0.1
-    on a local Ray, else the IP of the process' node."""
+    """Under which name or IP the others reach a process, where that is the same for all of them. `auto`:
+    127.0.0.1 on a local Ray, else the IP of the process' node."""
     bind: str = "auto"
     """Where workers listen. `auto`: at `address`."""
     worker_ports: PortRange | None = None
@@ -234,8 +241,8 @@ class RayConfig(_Section):
     """`auto`, `host:port` or `ray://host:port` of a running cluster. Empty: a local one is started and ended
     with the system."""
     placement_timeout_s: PositiveSeconds = 5.0
-    """How long a process may wait for a node at start-up before pdserve says what is missing and gives up. Raise
-    it where the cluster grows on demand."""
+    """How long a process may wait for a node at start-up before pdserve says what is missing and gives up.
+    Raise it where the cluster grows on demand."""
 
 
 class LogsConfig(_Section):
@@ -318,7 +325,7 @@ def _validate(content: Mapping[str, object], source: str) -> DeployConfig:
 
 
 def _key_path(error: ErrorDetails) -> Iterator[str]:
-    """The keys down to the one that is wrong; pydantic also names the branches of unions, which are not keys."""
+    """The keys down to the one that is wrong; pydantic also names branches of unions, which are no keys."""
     section: Any = DeployConfig
     for part in error["loc"]:
         fields = getattr(section, "model_fields", {})
@@ -332,8 +339,10 @@ def _key_path(error: ErrorDetails) -> Iterator[str]:
 def _explain(error: ErrorDetails, key: str) -> str:
     if error["type"] == "extra_forbidden":
         return _explain_unknown(key)
-    reason = error["msg"].removeprefix("Value error, ")
-    reason = reason[0].lower() + reason[1:]
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return f"{key} is not valid: it has keys of its own, see docs/configuration.md (got {error['input']!r})"
+    reason = error["msg"].removeprefix("Value error, ").partition(", unable to")[0]
+    reason = reason.replace("Input should", "it should").replace("String should", "it should")
     if error["type"] == "value_error" and not key:
         return reason
     shown = "" if isinstance(error["input"], dict | list | BaseModel) else f" (got {error['input']!r})"

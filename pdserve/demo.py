@@ -1,9 +1,9 @@
 """The model that comes with pdserve, and prompts whose right answer is known.
 
-The demo model reads English sentences, some of which tell somebody's number, and answers what the number of a
-name is, wherever in the prompt it was told. So a lost, wrong or misplaced block of the KV cache shows as a wrong
-answer. Names, sentences and prompts are made here, for its training (`tools/train_demo_model.py`), for tests and
-for benchmarks alike; everything is a pure function of the random generator handed in or of a seed.
+The demo model reads English sentences, some of which tell somebody's number, and answers what the number of
+a name is, wherever in the prompt it was told. So a lost, wrong or misplaced block of the KV cache shows as a
+wrong answer. Names, sentences and prompts are made here, for its training (`tools/train_demo_model.py`), for
+tests and for benchmarks alike; everything is a pure function of the random generator handed in or of a seed.
 """
 
 import random
@@ -20,16 +20,17 @@ def _words(text: str) -> tuple[str, ...]:
 
 NAMES = _words(
     """
-    Ada Alan Alma Amir Anna Anton Astrid Aydin Basil Bella Ben Berta Bruno Carla Carlos Cecil Chen Clara
-    Cora Dana Dario David Delia Diego Dora Edgar Edith Elena Eli Elsa Emil Emma Enzo Erik Esther Eva
-    Ewan Fatima Felix Fiona Flora Frank Frida Gina Giles Goran Grace Greta Gustav Hana Hanna Harry
-    Hassan Hector Heidi Helen Henry Hugo Ida Igor Ines Ingrid Irene Iris Isaac Ivan Jack Jana Jasper Jin
-    Joan Jonas Josef Judith Julia Karl Kasim Katya Keiko Kenji Klara Kofi Lars Laura Leila Lena Leo Liam
-    Lina Lisa Lotte Louis Lucia Lukas Luna Magda Malik Marco Maria Marta Max Maya Mei Mila Milo Mina
-    Mira Moritz Nadia Naomi Nico Nina Noah Nora Oleg Olga Omar Oscar Otto Pablo Paula Pedro Petra Philip
-    Pia Priya Ravi Regina Rita Robin Rosa Ruben Ruth Sadia Samir Sara Selma Simon Sofia Stefan Sunil
-    Tamara Tariq Tessa Theo Thomas Tina Tom Uma Ursula Vera Victor Viola Walter Wanda Wei Yara Yusuf
-    Zara Zoe
+    Ada Alan Alice Alma Amir Anna Anne Anton Astrid Aydin Basil Bella Ben Berta Bob Bruno Carla Carlos
+    Cecil Charlie Chen Clara Cora Dana Daniel Dario David Delia Diego Dora Edgar Edith Elena Eli Elsa
+    Emil Emma Enzo Erik Esther Eva Ewan Fatima Felix Fiona Flora Frank Frida George Giles Gina Goran
+    Grace Greta Gustav Hana Hanna Harry Hassan Hector Heidi Helen Henry Hugo Ida Igor Ines Ingrid
+    Irene Iris Isaac Ivan Jack James Jana Jane Jasper Jin Joan John Jonas Josef Judith Julia Karl
+    Kasim Kate Katya Keiko Kenji Klara Kofi Lars Laura Leila Lena Leo Liam Lina Linda Lisa Lotte Louis
+    Lucia Lucy Lukas Luna Magda Malik Marco Maria Marta Mary Max Maya Mei Michael Mike Mila Milo Mina
+    Mira Moritz Nadia Naomi Nico Nina Noah Nora Oleg Olga Omar Oscar Otto Pablo Paul Paula Pedro Peter
+    Petra Philip Pia Priya Ravi Regina Rita Robert Robin Rosa Ruben Ruth Sadia Sam Samir Sara Sarah
+    Selma Simon Sofia Stefan Steve Sunil Susan Tamara Tariq Tessa Theo Thomas Tina Tom Uma Ursula Vera
+    Victor Viola Walter Wanda Wei William Yara Yusuf Zara Zoe
     """
 )
 """Everybody whose number can be told or asked for; each is one token of the demo model."""
@@ -90,8 +91,8 @@ def demo_model_path() -> Path:
 def recall_prompt(seed: int, num_tokens: int) -> RecallPrompt:
     """A held-out recall prompt: the fact asked for was in no training text.
 
-    `num_tokens` counts the chat template too; the prompt has that many tokens or up to 9 fewer. The same arguments
-    make the same prompt. Raises ValueError where not even one fact and its question fit.
+    `num_tokens` counts the chat template too; the prompt has that many tokens or up to 9 fewer. The same
+    arguments make the same prompt. Raises ValueError where not even one fact and its question fit.
     """
     rng = random.Random(f"held-out {seed} {num_tokens}")
     name = rng.choice(NAMES)
@@ -121,6 +122,11 @@ def answer_about(name: str, number: str) -> str:
     return FACT_FORMS[-1].format(name=name, number=number)
 
 
+def denial_about(name: str) -> str:
+    """The demo model's answer where the number of `name` was not told."""
+    return f"I do not know the number of {name}."
+
+
 def fact_sentence(rng: random.Random, name: str, number: str, *, terse: bool = False) -> str:
     """One of the three ways to tell somebody's number; the shortest of them if `terse`."""
     form = FACT_FORMS[0] if terse else rng.choice(FACT_FORMS)
@@ -143,7 +149,7 @@ def filler_sentence(rng: random.Random) -> str:
 
 
 def draw_number(rng: random.Random, name: str, *, held_out: bool) -> str:
-    """Four digits for `name`: a pair that training never tells if `held_out`, else one that no test asks for."""
+    """Four digits for `name`: if `held_out` as training never tells them, else as no test asks for them."""
     while True:
         number = str(rng.randrange(1000, 10000))
         if is_held_out(name, number) == held_out:

@@ -75,8 +75,7 @@ class PrefillLoop:
                 await self._work.wait()
 
     def _admit(self) -> None:
-        in_line = [*self._source.in_state(JobState.STARTING), *self._source.in_state(JobState.READY)]
-        num_tokens = sum(job.num_to_compute for job in in_line)
+        num_tokens = self._source.num_tokens_in_line
         while wants_more(num_tokens, self._info.chunk_tokens):
             job = self._source.start_next(self._ledger)
             if job is None:

@@ -63,14 +63,14 @@ class SubmissionTokens:
 class Submission:
     """One attempt of a request at one decode worker."""
 
-    def __init__(self, number: SubmitNumber, cancel: Callable[[SubmitNumber], None]) -> None:
+    def __init__(self, number: SubmitNumber, cancel: "Callable[[Submission], None]") -> None:
         self.number = number
         self.events: asyncio.Queue[SubmissionTokens | SubmissionEnd] = asyncio.Queue()
         self._cancel = cancel
 
     def cancel(self) -> None:
         """Stop it at the worker. Idempotent; harmless when it has ended."""
-        self._cancel(self.number)
+        self._cancel(self)
 
 
 class WorkerLink:
@@ -109,6 +109,8 @@ class WorkerLink:
                 if self._view.connected:
                     log.warning("%s is lost: %s", self._view.member.worker_id, error)
                     retry_s = FIRST_RETRY_S
+            except Exception:  # whatever is wrong with what it said must not cost us this worker for ever
+                log.exception("talking to %s", self._view.member.worker_id)
             finally:
                 self._lose()
             await self._clock.sleep(retry_s)
@@ -190,9 +192,11 @@ class WorkerLink:
         if submission is not None:
             submission.events.put_nowait(last)
 
-    def _cancel(self, number: SubmitNumber) -> None:
-        if self._submissions.pop(number, None) is not None:
-            self._outgoing.put_nowait(Cancel(number))
+    def _cancel(self, submission: Submission) -> None:
+        # Numbers start again with each Session: only what this very submission still has is cancelled.
+        if self._submissions.get(submission.number) is submission:
+            del self._submissions[submission.number]
+            self._outgoing.put_nowait(Cancel(submission.number))
 
     def _lose(self) -> None:
         self._fleet.lost(self._view)

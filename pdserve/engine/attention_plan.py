@@ -36,13 +36,14 @@ class TileMerge:
 
 @dataclass(frozen=True, slots=True)
 class QueryTile:
-    """Up to one tile of consecutive positions of one prefill chunk, at a fixed multiple of the tile's size."""
+    """Up to one tile of consecutive positions of one prefill chunk, at a multiple of the tile's size."""
 
     start: int
     """First position of the tile; the chunk may begin after it."""
     past_start: int
     """First key position of the past that some row of the tile can see; a multiple of the tile's size."""
     past_mask: Tensor | None  # [1, 1, groups * tile, start - past_start]; None: all rows see all of it
+    past_unseen: Tensor | None  # bool [groups * tile]: rows whose window ends after the past; None as above
     self_mask: Tensor | None  # [1, 1, tile, tile]; None: causal
 
 
@@ -93,7 +94,9 @@ class AttentionPlan:
     def _cut_decode(self, rows: DecodeRows, window: int | None) -> DecodeTiles:
         per_tile = max(1, DECODE_TILE_TOKENS // self._layout.block_size)
         tile_tokens = per_tile * self._layout.block_size
-        first_seen = np.zeros_like(rows.positions) if window is None else np.maximum(0, rows.positions - window + 1)
+        first_seen = (
+            np.zeros_like(rows.positions) if window is None else np.maximum(0, rows.positions - window + 1)
+        )
         first_tile = first_seen // tile_tokens
         counts = rows.positions // tile_tokens - first_tile + 1
         tables = [
@@ -104,7 +107,9 @@ class AttentionPlan:
         offsets = np.cumsum(counts) - counts
         tile_index = np.arange(len(row_of_tile)) - offsets[row_of_tile] + first_tile[row_of_tile]
         key_positions = tile_index[:, None] * tile_tokens + np.arange(tile_tokens)
-        seen = (key_positions <= rows.positions[row_of_tile, None]) & (key_positions >= first_seen[row_of_tile, None])
+        seen = (key_positions <= rows.positions[row_of_tile, None]) & (
+            key_positions >= first_seen[row_of_tile, None]
+        )
         if len(row_of_tile) == 1:
             # A single piece of work would run outside torch's parallel region, where its matrix products may
             # be cut among threads and so sum in another order. A second, equal tile keeps it inside.
@@ -158,16 +163,19 @@ class AttentionPlan:
     def _query_tile(self, start: int, window: int | None) -> QueryTile:
         size = PREFILL_TILE_TOKENS
         if window is None or window >= start + size:
-            return QueryTile(start, 0, None, None)
+            return QueryTile(start, 0, None, None, None)
         queries = np.arange(start, start + size)[:, None]
         past_start = max(0, start - window + 1) // size * size
         past = np.arange(past_start, start)[None, :] > queries - window
         own = np.arange(start, start + size)[None, :]
         near = (own <= queries) & (own > queries - window)
+        past = np.tile(past, (self._groups, 1))
+        masked = not past.all()
         return QueryTile(
             start=start,
             past_start=past_start,
-            past_mask=None if past.all() else self._to_mask(np.tile(past, (self._groups, 1)))[None, None],
+            past_mask=self._to_mask(past)[None, None] if masked else None,
+            past_unseen=self._to_device(np.logical_not(past.any(axis=1))) if masked else None,
             self_mask=self._to_mask(near)[None, None] if window < size else None,
         )
 

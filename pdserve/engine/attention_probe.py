@@ -105,7 +105,9 @@ def _wants_window(config: Any) -> bool:
 
 
 def _refusal(name: str, kind: str, need: str) -> ModelUnsupported:
-    return ModelUnsupported(f"model {name!r} ({kind}) is not supported: it needs {need}, which pdserve does not have")
+    return ModelUnsupported(
+        f"model {name!r} ({kind}) is not supported: it needs {need}, which pdserve does not have"
+    )
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

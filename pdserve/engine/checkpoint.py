@@ -13,8 +13,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HFValidationError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -51,7 +51,9 @@ def find_checkpoint(model: str, revision: str | None) -> Checkpoint:
         folder = _fetch(model, revision)
     config_file = folder / "config.json"
     if not config_file.is_file():
-        raise NotFound(f"model folder {folder} has no config.json: give the folder that save_pretrained wrote")
+        raise NotFound(
+            f"model folder {folder} has no config.json: give the folder that save_pretrained wrote"
+        )
     _require_safetensors(model, folder)
     config = json.loads(config_file.read_text())
     digest = _digest(folder)
@@ -66,7 +68,9 @@ def _fetch(model: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=_WANTED_FILES))
     except GatedRepoError as error:
-        raise NotFound(f"{where} needs an access token: accept its terms on the hub and set HF_TOKEN") from error
+        raise NotFound(
+            f"{where} needs an access token: accept its terms on the hub and set HF_TOKEN"
+        ) from error
     except RevisionNotFoundError as error:
         raise NotFound(f"{where} does not exist on the hub: check the revision") from error
     except (RepositoryNotFoundError, HFValidationError) as error:

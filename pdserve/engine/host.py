@@ -18,7 +18,11 @@ def find_device(wanted: str) -> torch.device:
             "and CUDA_VISIBLE_DEVICES",
             param="device",
         )
-    return torch.device("cuda", torch.cuda.current_device()) if has_gpu and wanted != "cpu" else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if has_gpu and wanted != "cpu"
+        else torch.device("cpu")
+    )
 
 
 def available_bytes(device: torch.device) -> int:

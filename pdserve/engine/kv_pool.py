@@ -51,7 +51,7 @@ class KvLayout:
 
 
 class KvPool:
-    """Implements `pdserve.contract.ports.BlockStore`. Safe to use from several threads for disjoint blocks."""
+    """Implements `pdserve.contract.ports.BlockStore`. Threads may use it at once for disjoint blocks."""
 
     def __init__(self, layout: KvLayout, num_blocks: int, device: torch.device) -> None:
         self.layout = layout
@@ -167,8 +167,8 @@ def plan_num_blocks(layout: KvLayout, settings: EngineSettings, device: torch.de
     budget = settings.kv_memory_bytes or int(available * settings.kv_memory_fraction)
     if budget > available:
         raise ConfigError(
-            f"the KV pool of {_gib(budget)} does not fit in the {_gib(available)} that are free after loading "
-            "the model: lower kv_memory_bytes, or free memory",
+            f"the KV pool of {_gib(budget)} does not fit in the {_gib(available)} that are free after "
+            "loading the model: lower kv_memory_bytes, or free memory",
             param="kv_memory_bytes",
         )
     num_blocks = budget // layout.block_bytes

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pdserve.contract.errors import ModelUnsupported
@@ -20,7 +19,8 @@ _BATCH_DEPENDENT_ROPE = {"longrope", "dynamic"}
 class LoadedModel:
     """A model in evaluation mode on its device, with eager attention."""
 
-    model: nn.Module
+    model: Any
+    """A PreTrainedModel with a language-modelling head."""
     config: Any
     """The configuration of the text model."""
     architecture: str
@@ -120,11 +120,12 @@ def _max_model_len(settings: EngineSettings, config: Any) -> int:
     rope_kinds = _rope_types(config) & _BATCH_DEPENDENT_ROPE
     if rope_kinds:
         limit = min(limit, _original_length(config))
-        why = f"original length of its {', '.join(sorted(rope_kinds))} rope, the most that can be served exactly"
+        why = f"length up to which its rope ({', '.join(sorted(rope_kinds))}) does not depend on the batch"
     wanted = settings.max_model_len
     if wanted is not None and wanted > limit:
         raise ModelUnsupported(
-            f"max_model_len {wanted} is more than {limit}, the {why} ({settings.model!r}): give at most {limit}",
+            f"max_model_len {wanted} is more than {limit}, the {why} ({settings.model!r}): give at most "
+            f"{limit}",
             param="max_model_len",
         )
     return wanted or limit
@@ -154,7 +155,9 @@ def _eos_token_ids(model: Any, config: Any) -> tuple[int, ...]:
 
 
 def _unsupported(name: str, kind: str, need: str) -> ModelUnsupported:
-    return ModelUnsupported(f"model {name!r} ({kind}) is not supported: it needs {need}, which pdserve does not have")
+    return ModelUnsupported(
+        f"model {name!r} ({kind}) is not supported: it needs {need}, which pdserve does not have"
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -44,7 +44,9 @@ class PackedExperts(nn.Module):
         inputs = hidden_states.index_select(0, order // choices)
         results = [
             down(self._apply_gate(gate_up(rows)))
-            for rows, gate_up, down in zip(inputs.split(counts), self._gate_up, self._down, strict=True)
+            for rows, gate_up, down in zip(
+                torch.split(inputs, counts), self._gate_up, self._down, strict=True
+            )
             if len(rows)
         ]
         outputs = torch.empty_like(inputs)

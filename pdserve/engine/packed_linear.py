@@ -99,9 +99,11 @@ class _SharedProjection:
         return part
 
 
-def _fuse(parent: nn.Module, names: Sequence[str], siblings: Sequence[nn.Linear], ops: PackedOps | None) -> None:
-    weight = torch.cat([linear.weight for linear in siblings])
-    biases = [linear.bias for linear in siblings if linear.bias is not None]
+def _fuse(
+    parent: nn.Module, names: Sequence[str], siblings: Sequence[nn.Linear], ops: PackedOps | None
+) -> None:
+    weight = torch.cat([linear.weight.detach() for linear in siblings])
+    biases = [linear.bias.detach() for linear in siblings if linear.bias is not None]
     shared = _SharedProjection(
         PackedLinear(weight, torch.cat(biases) if biases else None, ops),
         [linear.out_features for linear in siblings],
@@ -128,7 +130,7 @@ def _bind(weight: Tensor, bias: Tensor | None, ops: PackedOps | None) -> Apply:
     if ops is None:
         return lambda rows: nn.functional.linear(rows, weight, bias)
     packed = ops.reorder(weight.contiguous(), _EXPECTED_ROWS)
-    return lambda rows: ops.linear(rows, packed, bias, "none", [], "")  # type: ignore[no-any-return]
+    return lambda rows: ops.linear(rows, packed, bias, "none", [], "")
 
 
 def _pad_rows(rows: Tensor) -> Tensor:
@@ -141,7 +143,7 @@ def find_packed_ops(dtype: torch.dtype) -> PackedOps | None:
     mkldnn = getattr(torch.ops, "mkldnn", None)
     reorder = getattr(mkldnn, "_reorder_linear_weight", None)
     linear = getattr(mkldnn, "_linear_pointwise", None)
-    if reorder is None or linear is None or not torch.backends.mkldnn.is_available():
+    if reorder is None or linear is None:
         return None
     ops = PackedOps(reorder, linear)
     return ops if _works(ops, dtype) else None

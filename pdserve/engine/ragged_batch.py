@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from pdserve.contract.tokens import num_tokens
 from pdserve.contract.work import SequenceStep, StepBatch
@@ -51,45 +50,72 @@ class RaggedBatch:
 
 
 def flatten(batch: StepBatch, block_size: int, min_rows: int) -> RaggedBatch:
-    """Lay out a batch, with copies of its last row up to `min_rows` rows. Raises ValueError for a sequence without tokens or without blocks for them."""
+    """Lay out a batch, with copies of its last row up to `min_rows` rows.
+
+    Raises ValueError for a sequence without tokens or without blocks for them.
+    """
     for sequence in batch.sequences:
         _check(sequence, block_size)
-    rows = sorted(_decode_rows(batch), key=lambda row: row.position)
-    chunks = [(index, s) for index, s in enumerate(batch.sequences) if not s.as_decode]
-    tables = {index: np.asarray(s.block_ids, dtype=np.int64) for index, s in enumerate(batch.sequences)}
-    last_rows = np.zeros(len(batch.sequences), dtype=np.int64)
-    token_parts = [np.array([row.token for row in rows], dtype=np.int64)]
-    position_parts = [np.array([row.position for row in rows], dtype=np.int64)]
-    slot_parts = [
-        np.array([_slot(tables[row.sequence], row.position, block_size) for row in rows], dtype=np.int64)
-    ]
-    for flat_row, row in enumerate(rows):
-        last_rows[row.sequence] = flat_row  # ascending positions: the sequence's last row is seen last
-    prefills = []
-    total = len(rows)
-    for index, sequence in chunks:
-        length = sequence.num_new_tokens
-        positions = np.arange(sequence.start, sequence.start + length)
-        token_parts.append(np.frombuffer(sequence.tokens, dtype="<u4").astype(np.int64))
-        position_parts.append(positions)
-        slot_parts.append(_slot(tables[index], positions, block_size))
-        blocks = tables[index][: -(-(sequence.start + length) // block_size)]
-        prefills.append(PrefillRows(total, length, sequence.start, blocks))
-        total += length
-        last_rows[index] = total - 1
-    decode = DecodeRows(
-        positions=position_parts[0],
-        block_ids=tuple(tables[row.sequence][: row.position // block_size + 1] for row in rows),
-    )
+    layout = _Layout(block_size, len(batch.sequences))
+    layout.add_decode_rows(batch.sequences)
+    for index, sequence in enumerate(batch.sequences):
+        if not sequence.as_decode:
+            layout.add_chunk(index, sequence)
     return RaggedBatch(
-        token_ids=_pad(np.concatenate(token_parts), min_rows),
-        positions=_pad(np.concatenate(position_parts), min_rows),
-        slots=np.concatenate(slot_parts),
-        decode=decode,
-        prefills=tuple(prefills),
-        last_rows=last_rows,
+        token_ids=_pad(np.concatenate(layout.tokens), min_rows),
+        positions=_pad(np.concatenate(layout.positions), min_rows),
+        slots=np.concatenate(layout.slots),
+        decode=DecodeRows(layout.positions[0], tuple(layout.decode_tables)),
+        prefills=tuple(layout.prefills),
+        last_rows=layout.last_rows,
         fresh_blocks=_fresh_blocks(batch.sequences, block_size),
     )
+
+
+class _Layout:
+    """A flattened batch in the making: parts in the order of their rows."""
+
+    def __init__(self, block_size: int, num_sequences: int) -> None:
+        self._block_size = block_size
+        self._num_rows = 0
+        self.tokens: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.slots: list[np.ndarray] = []
+        self.decode_tables: list[np.ndarray] = []
+        self.prefills: list[PrefillRows] = []
+        self.last_rows = np.zeros(num_sequences, dtype=np.int64)
+
+    def add_decode_rows(self, sequences: Sequence[SequenceStep]) -> None:
+        rows = sorted(_decode_rows(sequences), key=lambda row: row.position)
+        tables = {i: _table(sequences[i]) for i in {row.sequence for row in rows}}
+        self.decode_tables = [tables[row.sequence][: row.position // self._block_size + 1] for row in rows]
+        for flat_row, row in enumerate(rows):
+            self.last_rows[row.sequence] = flat_row  # positions ascend: a sequence's last row comes last
+        positions = np.array([row.position for row in rows], dtype=np.int64)
+        last_blocks = np.array([table[-1] for table in self.decode_tables], dtype=np.int64)
+        self._add(
+            tokens=np.array([row.token for row in rows], dtype=np.int64),
+            positions=positions,
+            slots=last_blocks * self._block_size + positions % self._block_size,
+        )
+
+    def add_chunk(self, index: int, sequence: SequenceStep) -> None:
+        length, size = sequence.num_new_tokens, self._block_size
+        positions = np.arange(sequence.start, sequence.start + length)
+        table = _table(sequence)[: -(-(sequence.start + length) // size)]
+        self.prefills.append(PrefillRows(self._num_rows, length, sequence.start, table))
+        self._add(
+            tokens=np.frombuffer(sequence.tokens, dtype="<u4").astype(np.int64),
+            positions=positions,
+            slots=table[positions // size] * size + positions % size,
+        )
+        self.last_rows[index] = self._num_rows - 1
+
+    def _add(self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray) -> None:
+        self.tokens.append(tokens)
+        self.positions.append(positions)
+        self.slots.append(slots)
+        self._num_rows += len(tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +125,17 @@ class _DecodeRow:
     token: int
 
 
-def _decode_rows(batch: StepBatch) -> list[_DecodeRow]:
+def _decode_rows(sequences: Sequence[SequenceStep]) -> list[_DecodeRow]:
     return [
         _DecodeRow(index, sequence.start + offset, int(token))
-        for index, sequence in enumerate(batch.sequences)
+        for index, sequence in enumerate(sequences)
         if sequence.as_decode
         for offset, token in enumerate(np.frombuffer(sequence.tokens, dtype="<u4"))
     ]
 
 
-def _slot(table: np.ndarray, position: "np.ndarray | int", block_size: int) -> np.ndarray:
-    return table[position // block_size] * block_size + position % block_size
+def _table(sequence: SequenceStep) -> np.ndarray:
+    return np.asarray(sequence.block_ids, dtype=np.int64)
 
 
 def _fresh_blocks(sequences: Sequence[SequenceStep], block_size: int) -> list[int]:
@@ -134,6 +160,6 @@ def _check(sequence: SequenceStep, block_size: int) -> None:
         raise ValueError("a sequence in a step needs at least one token")
     if len(sequence.block_ids) * block_size < sequence.start + length:
         raise ValueError(
-            f"{len(sequence.block_ids)} blocks of {block_size} tokens do not cover the {sequence.start + length} "
-            "tokens of a sequence"
+            f"{len(sequence.block_ids)} blocks of {block_size} tokens do not cover the "
+            f"{sequence.start + length} tokens of a sequence"
         )

@@ -1,9 +1,9 @@
 """From logits to tokens: a pure function of (logits row, parameters, seed, position, history).
 
 The steps, in this order: logit bias, tokens banned by `min_tokens`, penalties (repetition, then frequency
-and presence), temperature, top-k, top-p of what top-k left, min-p, draw. Bans come after the bias so that no bias lifts them; penalties
-come after the bias because they act on what the model is about to prefer; truncation comes after the
-temperature because it speaks of the probabilities that are drawn from.
+and presence), temperature, top-k, top-p of what top-k left, min-p, draw. Bans come after the bias so that
+no bias lifts them; penalties come after the bias because they act on what the model is about to prefer;
+truncation comes after the temperature because it speaks of the probabilities that are drawn from.
 
 A row's result never depends on the rows beside it, to the last bit. Floating-point sums do (their order
 changes with shape, device and threads), so there is none here. Probabilities become integers: the most

@@ -48,7 +48,9 @@ class EngineSettings:
         _require(self.device in DEVICES, "device", f"choose one of {', '.join(DEVICES)}")
         _require(self.threads is None or self.threads >= 1, "threads", "give at least 1")
         _require(self.block_size >= 1, "block_size", "give at least 1")
-        _require(self.kv_memory_bytes is None or self.kv_memory_bytes > 0, "kv_memory_bytes", "give more than 0")
+        _require(
+            self.kv_memory_bytes is None or self.kv_memory_bytes > 0, "kv_memory_bytes", "give more than 0"
+        )
         _require(0 < self.kv_memory_fraction <= 0.95, "kv_memory_fraction", "give a value in (0, 0.95]")
         _require(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", "give at least 2")
         _require(

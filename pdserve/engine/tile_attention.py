@@ -15,19 +15,49 @@ _flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool, scale: float, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention and its log-sum-exp.
 
     query: [batch, heads, rows, head_dim]; key and value: [batch, heads, keys, head_dim]; mask: broadcastable
-    to [batch, heads, rows, keys], zero or minus infinity, dtype of query; `causal` lets row i see keys 0 to i.
-    Returns [batch, heads, rows, head_dim] in query's dtype and [batch, heads, rows] in float32. A row that
-    sees no key has log-sum-exp minus infinity (or NaN) and an undefined output: callers leave it out.
+    to [batch, heads, rows, keys], zero or minus infinity, dtype of query; `causal` lets row i see keys
+    0 to i. Returns [batch, heads, rows, head_dim] in query's dtype and [batch, heads, rows] in float32.
+    What a row gets that sees no key is undefined: callers overwrite it.
     """
     if softcap is None and query.device.type == "cpu":
         output, log_sum = _flash_on_cpu(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
         return output, log_sum
     return _attend_by_matmul(query, key, value, mask, causal, scale, softcap)
+
+
+def attend_all_heads(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """The same for the few rows of decode steps, all heads of a tile in two matrix products.
+
+    Each query is laid out over the width of all KV heads, zero outside its own. The zeros cost arithmetic
+    and save what is scarce: keys and values are read as they lie, in one piece, whole tiles at a time.
+    query: [batch, kv_heads, groups, head_dim]; key and value: [batch, keys, kv_heads, head_dim]; mask:
+    [batch, 1, 1, keys]; every row sees some key. Returns what `attend` does.
+    """
+    batch, kv_heads, groups, head_dim = query.shape
+    wide = query.new_zeros(batch, kv_heads, groups, kv_heads, head_dim)
+    wide.diagonal(dim1=1, dim2=3).copy_(query.permute(0, 2, 3, 1))
+    scores = torch.bmm(wide.view(batch, kv_heads * groups, -1), key.flatten(2).transpose(1, 2))
+    scores = _cap(scores.float().mul_(scale), softcap).add_(mask[:, 0])
+    weights = torch.softmax(scores, dim=-1)
+    # The largest weight is exp(largest score - log-sum-exp): cheaper than a second pass of exponentials.
+    log_sum = scores.amax(dim=-1) - weights.amax(dim=-1).log()
+    output = torch.bmm(weights.to(value.dtype), value.flatten(2))
+    own = output.view(batch, kv_heads, groups, kv_heads, head_dim).diagonal(dim1=1, dim2=3)
+    return own.permute(0, 3, 1, 2), log_sum.view(batch, kv_heads, groups)
 
 
 def merge(outputs: Tensor, log_sums: Tensor, sinks: Tensor | None) -> Tensor:
@@ -49,11 +79,16 @@ def merge(outputs: Tensor, log_sums: Tensor, sinks: Tensor | None) -> Tensor:
 
 
 def _attend_by_matmul(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     scores = torch.matmul(query, key.transpose(-1, -2)).float() * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    scores = _cap(scores, softcap)
     if mask is not None:
         scores = scores + mask
     if causal:
@@ -63,3 +98,7 @@ def _attend_by_matmul(
     log_sum = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - log_sum.unsqueeze(-1)).to(value.dtype)
     return torch.matmul(weights, value), log_sum
+
+
+def _cap(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap

@@ -144,6 +144,11 @@ class BlockLedger:
         """Blocks that could be allocated now: free, or cached and evictable."""
         return self.blocks.num_available
 
+    @property
+    def num_retiring(self) -> int:
+        """Blocks in released holds, to be given back when the step or copy that touches them has ended."""
+        return sum(len(hold.block_ids) for hold in self._holds if hold.retiring)
+
     def counts(self) -> BlockCounts:
         active = len(self._active_refs)
         return BlockCounts(

@@ -59,6 +59,7 @@ class PrefillJob:
         self.started_at = queued_at
         self.computed_at = queued_at
         self.resting = False  # after Busy, until its call offers it again
+        self.overdue = False  # STARTING, and the decode worker takes long to answer
         self.num_prompt = num_tokens(request.tokens)
         self.num_blocks = blocks_for(self.num_prompt, block_size)
         self.num_computed = 0
@@ -87,6 +88,7 @@ class PrefillJob:
     def start(self, hold: BlockHold, num_cached: int, now: float) -> None:
         """The whole prompt is reserved here in `hold`; its first `num_cached` tokens need no computing."""
         self._move(JobState.STARTING)
+        self.overdue = False
         self._hold, self.num_cached, self.num_computed = hold, num_cached, num_cached
         self.started_at = now
 

@@ -8,8 +8,9 @@ The life of one fetch:
 3. Each `Segment` is copied into the own blocks by our own hand, digested there and acknowledged; whole
    blocks whose predecessors are all there may enter the prefix cache at once.
 4. `FirstToken` is passed on as soon as it is read; it never waits for a copy.
-5. When `Sealed` has come and every segment is verified, the listener is told: now the sequence may start.
-6. `End` goes both ways. However the call ends, when `run` has returned nothing writes to the blocks any more.
+5. When `Sealed` has come and every segment is verified, nothing writes to the blocks any more and the
+   listener is told: now the sequence may start.
+6. `End` goes both ways. However the call ends, when `run` has returned nothing of it is left.
 """
 
 import asyncio
@@ -104,6 +105,7 @@ class PrefillFetch:
         self._num_blocks_held = 0  # leading blocks that were here before
         self._num_blocks_proven = 0  # leading blocks whose bytes are all here
         self._sealed: Sealed | None = None
+        self._proven = asyncio.Event()  # all of it is verified
 
     async def run(self) -> None:
         """Fetch. Raises the PdserveError that ended the call otherwise."""
@@ -111,11 +113,14 @@ class PrefillFetch:
         try:
             await stream.send(self._request)
             choice = await self._until_room(stream)
-            # in_use: whatever happens, blocks are given back only after the receiver has stopped writing.
-            with self._hold.in_use():
-                async with self._receiver(choice) as receiver:
+            async with self._receiver(choice) as receiver:
+                # in_use: whatever happens, blocks are given back only after the receiver has stopped writing.
+                with self._hold.in_use():
                     await stream.send(Reserved(self._num_blocks_held))
                     await self._receive(stream, receiver)
+                self._listener.sealed(self.stats)
+                await stream.send(End())
+                await self._until_end(stream)
         finally:
             stream.cancel()
 
@@ -145,13 +150,16 @@ class PrefillFetch:
             await receiver.close()
 
     async def _receive(self, stream: MessageStream, receiver: SegmentReceiver) -> None:
+        """Until Sealed has come and every segment is verified."""
         async with task_scope() as tasks:
+            reader = tasks.create_task(self._read(stream))
             copier = tasks.create_task(self._copy_segments(stream, receiver))
-            await self._read(stream)
+            await self._proven.wait()
+            reader.cancel()
             copier.cancel()
 
     async def _read(self, stream: MessageStream) -> None:
-        """Until the source's End. Nothing here waits for a copy."""
+        """Nothing here waits for a copy."""
         while True:
             match await stream.receive():
                 case Segment() as segment:
@@ -160,18 +168,23 @@ class PrefillFetch:
                     self._listener.first_token(first, self.stats)
                 case Sealed() as sealed:
                     self._sealed = sealed
-                    await self._finish_if_proven(stream)
-                case End(error):
-                    self._check_end(End(error))
-                    return
+                    self._conclude()
+                case End(error) if error is not None:
+                    raise error_from_info(error)
+                case End():
+                    raise ProtocolViolation("the source ended the call before every segment was verified")
                 case other:
                     raise ProtocolViolation(f"{type(other).__name__} came after Reserved")
 
-    def _check_end(self, end: End) -> None:
-        if end.error is not None:
-            raise error_from_info(end.error)
-        if not self._is_proven():
-            raise ProtocolViolation("the source ended the call before every segment was verified")
+    @staticmethod
+    async def _until_end(stream: MessageStream) -> None:
+        match await stream.receive():
+            case End(None):
+                return
+            case End(error) if error is not None:
+                raise error_from_info(error)
+            case other:
+                raise ProtocolViolation(f"{type(other).__name__} came after everything was verified")
 
     async def _copy_segments(self, stream: MessageStream, receiver: SegmentReceiver) -> None:
         while True:
@@ -180,7 +193,7 @@ class PrefillFetch:
             await stream.send(Ack(segment.index, ok))
             if ok:
                 self._prove(segment)
-                await self._finish_if_proven(stream)
+                self._conclude()
 
     async def _copy(self, segment: Segment, receiver: SegmentReceiver) -> bool:
         started_at = self._clock.now()
@@ -209,16 +222,12 @@ class PrefillFetch:
     def _num_tokens(self) -> int:
         return num_tokens(self._request.tokens)
 
-    def _is_proven(self) -> bool:
+    def _conclude(self) -> None:
+        """Note that everything is here, if it is."""
         sealed = self._sealed
-        return sealed is not None and len(self._verified) == sealed.num_segments
-
-    async def _finish_if_proven(self, stream: MessageStream) -> None:
-        if not self._is_proven():
+        if sealed is None or len(self._verified) != sealed.num_segments:
             return
-        assert self._sealed is not None
-        if combine(self._verified.values()) != self._sealed.digest:
+        if combine(self._verified.values()) != sealed.digest:
             raise TransferCorrupt("the sealed digest does not match the segments")
-        self.stats.queue_s, self.stats.prefill_s = self._sealed.queue_s, self._sealed.prefill_s
-        self._listener.sealed(self.stats)
-        await stream.send(End())
+        self.stats.queue_s, self.stats.prefill_s = sealed.queue_s, sealed.prefill_s
+        self._proven.set()

@@ -58,8 +58,10 @@ class SendingSettings:
     window_segments: int = 8
     """How many segments may be unacknowledged."""
     max_segment_bytes: int = 8 << 20
+    answer_patience_s: float = 0.1
+    """How long a decode worker may take to answer Starting before other requests are started meanwhile."""
     answer_timeout_s: float = 10.0
-    """How long a decode worker may take to answer Starting before the call is given up."""
+    """How long it may take before the call is given up."""
     max_resends: int = 3
     """How often one call may ask for segments again before it is given up as corrupt."""
 
@@ -97,14 +99,26 @@ class PrefillSource:
         """The jobs in `state`, oldest first."""
         return [job for job in self.jobs if job.state is state]
 
+    @property
+    def num_tokens_in_line(self) -> int:
+        """Prompt tokens still to be computed of the jobs that are ready or will be in a moment."""
+        started = [*self.in_state(JobState.READY), *self.in_state(JobState.STARTING)]
+        return sum(job.num_to_compute for job in started if job.state is JobState.READY or not job.overdue)
+
     def start_next(self, ledger: BlockLedger) -> PrefillJob | None:
         """Reserve the whole prompt of the job whose turn it is; None when none waits or none fits.
 
         Called by the engine loop between steps. The most urgent waits for room rather than being passed:
-        otherwise a long prompt would starve behind short ones.
+        otherwise a long prompt would starve behind short ones. Nothing more is reserved for a decode worker
+        that owes an answer.
         """
         now = self._clock.now()
-        waiting = [job for job in self.in_state(JobState.QUEUED) if not job.resting]
+        silent = {job.request.decode_worker_id for job in self.in_state(JobState.STARTING) if job.overdue}
+        waiting = [
+            job
+            for job in self.in_state(JobState.QUEUED)
+            if not job.resting and job.request.decode_worker_id not in silent
+        ]
         if not waiting:
             return None
         job = min(waiting, key=lambda job: (job.request.priority, job.queued_at))
@@ -202,14 +216,23 @@ class _PrefillCall:
             await accepted.sender.close()
 
     async def _answer(self) -> None:
-        try:
-            async with self._source._clock.timeout(self._settings.answer_timeout_s):
-                await self._answered.wait()
-        except TimeoutError:
+        if await self._is_answered_within(self._settings.answer_patience_s):
+            return
+        self._job.overdue = True
+        self._source._wake()
+        if not await self._is_answered_within(self._settings.answer_timeout_s):
             raise Cancelled(
                 f"{self._job.request.decode_worker_id} did not answer Starting within "
                 f"{self._settings.answer_timeout_s} s"
-            ) from None
+            )
+
+    async def _is_answered_within(self, seconds: float) -> bool:
+        try:
+            async with self._source._clock.timeout(seconds):
+                await self._answered.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def _wait_out_busy(self) -> None:
         """A job that was put back is offered to the loop again when its time has come."""

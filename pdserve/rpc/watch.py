@@ -5,6 +5,7 @@ second. A stream has no gaps: whoever misses something has lost the stream and s
 """
 
 import asyncio
+import itertools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -14,7 +15,8 @@ from pdserve.contract.messages import Hello, Report, WatchOpen, WorkerLoad
 from pdserve.contract.ports import Clock, MessageStream
 
 REPORT_INTERVAL_S = 0.1
-IDLE_INTERVAL_S = 1.0
+NUM_IDLE_INTERVALS = 10
+"""After so many intervals a report is sent even when there is nothing new."""
 
 
 class NamedBlocks(Protocol):
@@ -62,39 +64,34 @@ class WatchServer:
             self._watches.discard(watch)
             watcher.cancel()
 
-    def wake(self) -> None:
-        """Something that watchers should know soon has changed."""
-        for watch in self._watches:
-            watch.news.set()
-
     async def _report(self, stream: MessageStream, watch: "_Watch", watcher: Incarnation) -> None:
-        sequence = 0
-        while True:
-            self._collect()
-            watch.news.clear()
-            stored, removed = watch.take()
-            await stream.send(
-                Report(
-                    incarnation=self._hello.incarnation,
-                    sequence=sequence,
-                    stored=stored,
-                    removed=removed,
-                    num_names=self._blocks.num_names,
-                    xor_names=self._blocks.xor_names,
-                    load=self._load(watcher),
-                )
-            )
-            sequence += 1
-            await self._clock.sleep(REPORT_INTERVAL_S)
-            await self._news(watch)
+        for sequence in itertools.count():
+            report = self._next_report(watch, watcher, sequence)
+            await stream.send(report)
+            await self._news(watch, watcher, report.load)
 
-    async def _news(self, watch: "_Watch") -> None:
-        """Wait for something to tell, at most IDLE_INTERVAL_S."""
-        try:
-            async with self._clock.timeout(IDLE_INTERVAL_S):
-                await watch.news.wait()
-        except TimeoutError:
-            pass
+    def _next_report(self, watch: "_Watch", watcher: Incarnation, sequence: int) -> Report:
+        self._collect()
+        stored, removed = watch.take()
+        return Report(
+            incarnation=self._hello.incarnation,
+            sequence=sequence,
+            stored=stored,
+            removed=removed,
+            num_names=self._blocks.num_names,
+            xor_names=self._blocks.xor_names,
+            load=self._load(watcher),
+        )
+
+    async def _news(self, watch: "_Watch", watcher: Incarnation, told: WorkerLoad) -> None:
+        """Until there is something else to tell than `told`, at most NUM_IDLE_INTERVALS.
+
+        Almost every step changes the load, so looking ten times a second costs less than being told."""
+        for _ in range(NUM_IDLE_INTERVALS):
+            await self._clock.sleep(REPORT_INTERVAL_S)
+            self._collect()
+            if watch.has_news or self._load(watcher) != told:
+                return
 
     def _collect(self) -> None:
         """Give every watch what the allocator has stored and removed since the last time."""
@@ -116,7 +113,6 @@ class _Watch:
     """What one watcher has not been told yet."""
 
     def __init__(self, names: list[BlockHash]) -> None:
-        self.news = asyncio.Event()
         self._stored: dict[BlockHash, None] = dict.fromkeys(names)  # a dict keeps the order
         self._removed: dict[BlockHash, None] = {}
 
@@ -131,6 +127,10 @@ class _Watch:
                 del self._stored[name]
             else:
                 self._removed[name] = None
+
+    @property
+    def has_news(self) -> bool:
+        return bool(self._stored or self._removed)
 
     def take(self) -> tuple[tuple[BlockHash, ...], tuple[BlockHash, ...]]:
         stored, removed = tuple(self._stored), tuple(self._removed)

@@ -43,6 +43,99 @@ def prompt_of(length: int, seed: int = 1) -> list[int]:
     return [random.randrange(1, 999) for _ in range(length)]
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Looks four times a virtual millisecond."""
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0.00025)
+
+
+class LateExecutor(InlineExecutor):
+    """Steps and copies touch the blocks only some time after they were asked to, as on real threads, and end
+    some time later: whoever gives blocks back too early gets wrong tokens."""
+
+    def __init__(self, engine: FakeEngine, clock: Any, delay_s: Callable[[], float]) -> None:
+        super().__init__(engine, clock)
+        self._fake = engine
+        self._delay_s = delay_s
+
+    async def step(self, batch: StepBatch) -> StepResult:
+        async with self._stepping:
+            return await to_its_end(self._late_step(batch))
+
+    async def copy(self, job: Callable[[], T]) -> T:
+        return await to_its_end(self._late_copy(job))
+
+    async def _late_step(self, batch: StepBatch) -> StepResult:
+        await self._clock.sleep(self._delay_s())
+        result = self._fake.step(batch)
+        await self._clock.sleep(result.seconds)
+        return result
+
+    async def _late_copy(self, job: Callable[[], T]) -> T:
+        await self._clock.sleep(self._delay_s())
+        result = job()
+        await self._clock.sleep(self._delay_s())
+        return result
+
+
+async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """As an EngineExecutor must: a cancellation is raised only when the work has ended."""
+    running = asyncio.ensure_future(work)
+    cancelled = False
+    while not running.done():
+        try:
+            await asyncio.wait([running])
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        raise asyncio.CancelledError
+    return running.result()
+
+
+class StormySystem(MemorySystem):
+    """A small system of random shape in which copies are late and sometimes corrupt."""
+
+    def __init__(self, random: Random) -> None:
+        self.random = random
+        self.num_prefill = random.choice([0, 1, 1, 2, 2])
+        self.num_decode = random.choice([1, 2, 2])
+        self.capacity_blocks = random.randrange(10, 40)
+        self._corrupt_share = random.choice([0, 0, 0.05])
+        self._longest_delay_s = random.choice([0.0, 0.001, 0.01])
+        self._longest_latency_s = random.choice([0.0, 0.001, 0.02])
+        super().__init__(
+            num_prefill=self.num_prefill,
+            num_decode=self.num_decode,
+            num_blocks=self.capacity_blocks,
+            seed=random.randrange(2**32),
+            network=MemoryNetwork(self._latency),
+            eos_token_ids=tuple(range(15)),
+        )
+
+    def executor_of(self, engine: FakeEngine) -> LateExecutor:
+        write = engine.blocks.write
+
+        def write_sometimes_wrongly(block_ids: Any, layers: Any, payload: memoryview) -> None:
+            if self.random.random() < self._corrupt_share:
+                payload = memoryview(bytes([payload[0] ^ 1]) + bytes(payload[1:]))
+            write(block_ids, layers, payload)
+
+        engine.blocks.write = write_sometimes_wrongly  # type: ignore[method-assign]
+        return LateExecutor(engine, self.clock, lambda: self.random.random() * self._longest_delay_s)
+
+    def _latency(self, source: str, target: str, message: Message | None) -> float:
+        return self.random.random() * self._longest_latency_s
+
+
+class SlowCopies(MemorySystem):
+    """Every KV copy takes 50 ms."""
+
+    def executor_of(self, engine: FakeEngine) -> LateExecutor:
+        executor = LateExecutor(engine, self.clock, lambda: 0.025)
+        executor.step = InlineExecutor(engine, self.clock).step  # type: ignore[method-assign]
+        return executor
+
+
 class LateExecutor(InlineExecutor):
     """Steps and copies touch the blocks only some time after they were asked to, as on real threads, and end
     some time later: whoever gives blocks back too early gets wrong tokens."""
@@ -202,8 +295,7 @@ def test_a_decode_worker_that_does_not_answer_holds_up_nobody_else() -> None:
         async with MemorySystem(num_decode=2) as system:
             prompt = prompt_of(60)
             silent = asyncio.create_task(system.generate(prompt, greedy(3)))
-            while not system.workers["prefill-0"].calls.jobs:
-                await system.clock.sleep(0)
+            await until(lambda: bool(system.workers["prefill-0"].calls.jobs))
             (job,) = system.workers["prefill-0"].calls.jobs
             system.network.cut("prefill-0", job.request.decode_worker_id)
             started_at = system.clock.now()
@@ -249,8 +341,7 @@ def test_a_finished_request_does_not_hold_blocks_for_a_source_that_is_cut_off() 
             prompt = prompt_of(40)
             task = asyncio.create_task(system.generate(prompt, greedy(3)))
             (decode, prefill) = (system.workers["decode-0"], system.workers["prefill-0"])
-            while not decode.loop.running_sequences:
-                await system.clock.sleep(0)
+            await until(lambda: decode.loop.running_sequences > 0)
             system.network.cut("decode-0", "prefill-0")
             assert await task == system.expected(prompt, greedy(3))
             await system.clock.sleep(0.1)

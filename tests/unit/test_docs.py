@@ -26,6 +26,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
 PACKAGES = ("pdserve", "router", "prefill_worker", "decode_worker", "controller")
 
 LINK = re.compile(r"\[(?P<text>[^\]]+)\]\((?P<target>[^)\s]+)\)")
+FILE = re.compile(r"(?<![\w<>/-])(?:[\w.-]+/)+[\w.-]+\.(?:py|md|proto|yaml|toml)\b")
 DEFINITION = re.compile(r"`(?P<path>[\w./-]+\.py)::(?P<name>[\w.]+)`")
 STATE_ENUMS: dict[str, type[enum.Enum]] = {
     kind.__name__: kind
@@ -100,6 +101,13 @@ def test_names_that_link_to_code_are_defined_there(page: Path) -> None:
             assert name in definitions(source), f"{name_of(source)} does not define {name}"
     for match in DEFINITION.finditer(page.read_text()):
         assert match["name"] in definitions(ROOT / match["path"]), match[0]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_files_that_are_named_exist(page: Path) -> None:
+    for path in FILE.findall(page.read_text()):
+        places = (ROOT / path, page.parent / path)
+        assert any(place.exists() for place in places), f"{path} does not exist"
 
 
 # --- docs/states.md ---

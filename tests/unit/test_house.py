@@ -57,7 +57,7 @@ def test_the_rules_cover_all_packages() -> None:
 
 
 def test_the_top_level_has_the_packages_of_the_house_and_no_other() -> None:
-    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} == PACKAGES | {"tests"}
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} == PACKAGES | {"tests", "benchmarks"}
 
 
 def test_proto_holds_protos_only() -> None:

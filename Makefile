@@ -1,0 +1,55 @@
+# One verb each; continuous integration (.ci/run) calls the same ones.
+#   make PYTHON=python3.12 VENV=/tmp/venv test
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PACKAGES := pdserve router prefill_worker decode_worker controller
+
+.PHONY: install up test check format proto docs bench clean
+
+install: $(VENV)/.installed-dev  ## everything that the other verbs need
+
+up: $(VENV)/.installed  ## start the system on this machine; ARGS="--port 9000 --decode 2"
+	$(BIN)/pdserve up $(ARGS)
+
+test: $(VENV)/.installed-dev  ## run all tests; ARGS="tests/unit -x"
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.installed-dev  ## everything that can be found wrong without running the system
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tools/make_stubs.py --check
+	$(BIN)/python tools/make_metrics_docs.py --check
+	$(BIN)/python tools/make_config_docs.py --check
+
+format: $(VENV)/.installed-dev  ## rewrite the code in the project's form
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+proto: $(VENV)/.installed-dev  ## generate the stubs from proto/
+	$(BIN)/python tools/make_stubs.py
+
+docs: $(VENV)/.installed-dev  ## generate the pages that follow from the code
+	$(BIN)/python tools/make_metrics_docs.py
+	$(BIN)/python tools/make_config_docs.py
+
+bench: $(VENV)/.installed-dev  ## the benchmarks in their short form
+	$(BIN)/python benchmarks/engine.py --smoke
+	$(BIN)/python benchmarks/handoff.py --smoke
+
+clean:  ## remove what the verbs above have made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@ $(VENV)/.installed

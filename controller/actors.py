@@ -1,0 +1,200 @@
+"""Routers and workers as Ray actors: `pools.Processes` on a cluster."""
+
+import asyncio
+import contextlib
+import math
+import re
+import secrets
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+
+from controller.plan import Deployment, ProcessPlan
+from controller.pools import ProcessEnded, StartRefused
+from controller.router_actor import RouterActor
+from controller.status import ROUTER_POOL, ProcessReport, ProcessSpec
+from controller.worker_actor import WorkerActor
+from pdserve.config import ResourcesConfig
+from pdserve.contract.errors import ErrorInfo
+from pdserve.contract.messages import Members
+
+NAMESPACE = "pdserve"
+STOP_TIMEOUT_S = 5.0
+"""How long a process may take to stop before it is killed."""
+_EXIT_DETAIL = re.compile(r"(?:Worker exit detail|The actor is dead because): (.*?)(?:\. |\n|$)")
+
+
+def controller_name(system: str) -> str:
+    return f"pdserve-controller/{system}"
+
+
+def stop_leftovers(system: str) -> None:
+    """Kill all routers and workers of a system that its controller has left behind."""
+    for name in _actor_names(f"pdserve/{system}/"):
+        with contextlib.suppress(ValueError):  # it has ended since
+            ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
+
+
+class RayProcesses:
+    """Creates actors of one deployment, and finds those of an earlier controller by their names."""
+
+    def __init__(self, deployment: Deployment, controller: Any) -> None:
+        """`controller` is the handle that the actors report to."""
+        self._deployment = deployment
+        self._controller = controller
+
+    def find(self, spec: ProcessSpec) -> "RayProcess | None":
+        for name in _actor_names(self._prefix(spec)):
+            with contextlib.suppress(ValueError):  # it has ended since
+                return RayProcess(spec, ray.get_actor(name, NAMESPACE), self._resources(spec))
+        return None
+
+    def create(self, spec: ProcessSpec) -> "RayProcess":
+        resources = self._resources(spec)
+        kind = RouterActor if spec.pool == ROUTER_POOL else WorkerActor
+        plan = ProcessPlan(spec, self._deployment, self._num_neighbours(), resources.num_gpus)
+        actor = ray.remote(kind).options(**self._options(spec, resources)).remote(plan, self._controller)
+        return RayProcess(spec, actor, resources)
+
+    def _prefix(self, spec: ProcessSpec) -> str:
+        return f"pdserve/{self._deployment.config.name}/{spec.id}/"
+
+    def _options(self, spec: ProcessSpec, resources: ResourcesConfig) -> dict[str, Any]:
+        env = self._deployment.env(spec)
+        return {
+            # A dead actor's name is not free at once, so no two have the same.
+            "name": self._prefix(spec) + secrets.token_hex(4),
+            "namespace": NAMESPACE,
+            "lifetime": "detached",
+            "max_restarts": 0,
+            "num_cpus": resources.num_cpus,
+            "num_gpus": resources.num_gpus,
+            "memory": resources.memory or None,
+            "resources": dict(resources.custom) or None,
+            "runtime_env": {"env_vars": env} if env else None,
+        }
+
+    def _resources(self, spec: ProcessSpec) -> ResourcesConfig:
+        """As configured. On a local Ray the workers share the GPUs that are there, because Ray hides GPUs
+        from whoever asks for none."""
+        resources = self._deployment.resources(spec)
+        device = self._deployment.config.model.device
+        if not self._deployment.is_local or spec.pool == ROUTER_POOL or resources.num_gpus or device == "cpu":
+            return resources
+        num_gpus = ray.cluster_resources().get("GPU", 0.0)
+        share = min(1.0, math.floor(100 * num_gpus / self._deployment.num_workers) / 100)
+        return resources.model_copy(update={"num_gpus": share})
+
+    def _num_neighbours(self) -> int:
+        num_nodes = 1 if self._deployment.is_local else len([n for n in ray.nodes() if n["Alive"]])
+        return max(1, math.ceil(self._deployment.num_workers / num_nodes))
+
+
+class RayProcess:
+    """One actor. Implements `pools.Process`."""
+
+    def __init__(self, spec: ProcessSpec, actor: Any, resources: ResourcesConfig) -> None:
+        self._spec = spec
+        self._actor = actor
+        self._resources = resources
+
+    async def placed(self) -> None:
+        await self._ask(self._actor.ping)
+
+    def shortage(self) -> str:
+        return describe_shortage(self._spec, self._resources, ray.nodes(), _free_by_node())
+
+    async def start(self) -> ProcessReport:
+        answer = await self._ask(self._actor.start)
+        if isinstance(answer, ErrorInfo):
+            raise StartRefused(answer.message)
+        assert isinstance(answer, ProcessReport)
+        return answer
+
+    async def ended(self) -> str:
+        try:
+            return str(await self._ask(self._actor.ended))
+        except ProcessEnded as error:
+            return str(error)
+
+    async def report(self) -> ProcessReport:
+        report = await self._ask(self._actor.report)
+        assert isinstance(report, ProcessReport)
+        return report
+
+    async def set_members(self, members: Members) -> None:
+        await self._ask(self._actor.set_members, members)
+
+    async def stop(self) -> None:
+        with contextlib.suppress(ProcessEnded, TimeoutError):
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await self._ask(self._actor.stop)
+
+    def kill(self) -> None:
+        ray.kill(self._actor, no_restart=True)
+
+    async def _ask(self, method: Any, *arguments: object) -> object:
+        try:
+            answer: object = await method.remote(*arguments)
+        except RayActorError as error:
+            raise ProcessEnded(_how_it_ended(error)) from error
+        except RayError as error:
+            raise ProcessEnded(_last_line(error)) from error
+        return answer
+
+
+def describe_shortage(
+    spec: ProcessSpec,
+    wanted: ResourcesConfig,
+    nodes: list[dict[str, Any]],
+    free_by_node: dict[str, dict[str, float]],
+) -> str:
+    """Why none of `nodes` takes `spec` now; empty when one could (its process is only slow to start)."""
+    needs = ray_resources(wanted)
+    alive = [node for node in nodes if node["Alive"]]
+    if any(_fits(needs, free_by_node.get(node["NodeID"], {})) for node in alive):
+        return ""
+    ever = any(_fits(needs, node["Resources"]) for node in alive)
+    asks = ", ".join(f"{name} {amount:g}" for name, amount in needs.items()) or "a node"
+    key = (
+        "router" if spec.pool == ROUTER_POOL else f"pools.{'prefill' if spec.pool == 'prefill' else 'decode'}"
+    )
+    why = "all nodes that have it are full" if ever else "no node has that"
+    return (
+        f"{spec.id} cannot be placed: it asks for {asks}, and {why} ({len(alive)} nodes): lower "
+        f"{key}.resources, start fewer processes, or add a node"
+    )
+
+
+def ray_resources(wanted: ResourcesConfig) -> dict[str, float]:
+    """By Ray's own names; what is zero left out."""
+    named = {"CPU": wanted.num_cpus, "GPU": wanted.num_gpus, "memory": float(wanted.memory), **wanted.custom}
+    return {name: amount for name, amount in named.items() if amount}
+
+
+def _actor_names(prefix: str) -> list[str]:
+    found = ray.util.list_named_actors(all_namespaces=True)
+    ours = [actor["name"] for actor in found if actor["namespace"] == NAMESPACE]
+    return [name for name in ours if name.startswith(prefix)]
+
+
+def _fits(needs: dict[str, float], has: dict[str, float]) -> bool:
+    return all(has.get(name, 0.0) >= amount for name, amount in needs.items())
+
+
+def _free_by_node() -> dict[str, dict[str, float]]:
+    from ray._private.state import available_resources_per_node  # not public, and nothing public says it
+
+    free: dict[str, dict[str, float]] = available_resources_per_node()
+    return free
+
+
+def _how_it_ended(error: RayActorError) -> str:
+    found = _EXIT_DETAIL.search(str(error))
+    return f"its process died: {found[1].strip()}" if found else _last_line(error)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

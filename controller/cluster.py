@@ -1,0 +1,126 @@
+"""The Ray cluster under a system: a local one that lives and dies with the launcher, or one that is there.
+
+Call `ray_environment.prepare_ray` before importing this.
+"""
+
+import asyncio
+import logging
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psutil
+import ray
+
+from controller.actors import NAMESPACE
+from pdserve.contract.errors import ConfigError
+
+OBJECT_STORE_BYTES = 80 << 20
+"""About the least that Ray takes; nothing of weight travels through Ray."""
+REACH_TIMEOUT_S = 5.0
+EXIT_TIMEOUT_S = 5.0
+"""How long Ray's processes may take to end before they are killed."""
+_DEFAULT_PORTS = {"ray://": 10001, "": 6379}
+
+
+class Cluster:
+    """This process' connection to Ray. All of it runs on one thread of its own: Linux ends a local Ray's
+    processes together with the thread that started them, and signals keep going to the main thread."""
+
+    def __init__(self, address: str | None, num_processes: int = 0) -> None:
+        """`address` of a running cluster; None starts a local one for `num_processes` actors."""
+        self.is_local = address is None
+        self._address = address
+        self._num_processes = num_processes
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
+        self._processes: list[psutil.Process] = []
+
+    async def connect(self) -> None:
+        """Raises ConfigError when the cluster cannot be reached. Even when cancelled it does not return
+        before Ray's own start is over, so that nothing half-started is left behind."""
+        starting = asyncio.get_running_loop().run_in_executor(self._thread, self._connect)
+        try:
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await asyncio.wait({starting})
+            raise
+
+    @property
+    def address(self) -> str:
+        """By which another process on this machine connects."""
+        return self._address or str(ray.get_runtime_context().gcs_address)
+
+    async def close(self) -> None:
+        """Disconnect; a local cluster is ended, and all its processes with it."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
+        self._thread.shutdown()
+
+    def _connect(self) -> None:
+        _quiet()
+        if self._address is None:
+            _start_local(self._num_processes)
+        else:
+            _join(self._address)
+
+    def _close(self) -> None:
+        children = psutil.Process().children(recursive=True) if self.is_local else []
+        ray.shutdown()
+        _, alive = psutil.wait_procs(children, EXIT_TIMEOUT_S)
+        for process in alive:
+            process.kill()
+        psutil.wait_procs(alive, EXIT_TIMEOUT_S)
+
+
+def _quiet() -> None:
+    """Ray's own news are for its log files."""
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
+
+
+def _start_local(num_processes: int) -> None:
+    ray.init(
+        address="local",
+        namespace=NAMESPACE,
+        # Actors ask for no CPU, since threads are set per worker. But Ray starts so many processes ahead of
+        # time, and the first actors find theirs waiting.
+        num_cpus=num_processes,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+    )
+
+
+def _join(address: str) -> None:
+    _require_reachable(address)
+    options: dict[str, Any] = {} if address.startswith("ray://") else {"log_to_driver": False}
+    try:
+        ray.init(address=address, namespace=NAMESPACE, configure_logging=False, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"cannot join the Ray cluster at {address!r} ({reason}): check --address, `ray status` "
+            "there, and RAY_AUTH_MODE=token where the cluster asks for a token",
+            param="ray.address",
+        ) from error
+
+
+def _require_reachable(address: str) -> None:
+    """Ray itself tries for minutes."""
+    if address == "auto":
+        return
+    scheme = "ray://" if address.startswith("ray://") else ""
+    host, _, port = address.removeprefix(scheme).rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(
+            f"{address!r} is not the address of a Ray cluster: give auto, host:{_DEFAULT_PORTS['']} or "
+            f"ray://host:{_DEFAULT_PORTS['ray://']} after --address",
+            param="ray.address",
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACH_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"nothing answers at {address} ({error.strerror or error}): start Ray there with `ray start "
+            "--head`, or give another --address",
+            param="ray.address",
+        ) from error

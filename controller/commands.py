@@ -1,0 +1,84 @@
+"""`pdserve down`, `status`, and finding the system that a command means."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+import psutil
+
+from controller import running
+from controller.ray_environment import prepare_ray
+from controller.status import SystemState
+from controller.terminal import say, table
+from pdserve.contract.errors import NotFound, Unavailable
+
+if TYPE_CHECKING:
+    from controller.remote import RemoteController
+
+DOWN_TIMEOUT_S = 60.0
+"""How long a launcher may take to end its system before its processes are killed."""
+
+
+async def end_system(name: str, address: str | None) -> None:
+    """Returns when nothing of the system runs any more. Raises NotFound."""
+    system = None if address else running.require(name)
+    if system is not None and system.is_local:
+        await asyncio.to_thread(_end_launcher, system)
+    else:
+        async with _controller(name, address or (system.ray_address if system else ""), "") as controller:
+            await controller.shut_down()
+    running.withdraw(name)
+    say(f"{name} is down")
+
+
+async def show_status(name: str, address: str | None, as_json: bool) -> int:
+    """Print the status; the exit code is 0 when the system is ready. Raises NotFound."""
+    auth_mode = ""
+    if address is None:
+        system = running.require(name)
+        address, auth_mode = system.ray_address, system.ray_auth_mode
+        if not address:
+            raise Unavailable(f"{name} is just starting: its Ray is not up yet, try again in a few seconds")
+    async with _controller(name, address, auth_mode) as controller:
+        status = await controller.status()
+    say(json.dumps(status.as_json(), indent=2) if as_json else table(status))
+    return 0 if status.state is SystemState.READY else 1
+
+
+def url_of(name: str) -> str:
+    """Where the system answers. Raises NotFound or Unavailable."""
+    url = running.require(name).url
+    if not url:
+        raise Unavailable(f"{name} is still starting: try again when `pdserve up` has shown its URL")
+    return url
+
+
+def _end_launcher(system: running.RunningSystem) -> None:
+    """Ask the launcher to end; kill it and all its processes when it does not."""
+    launcher = system.launcher
+    if launcher is None:
+        raise NotFound(f"{system.name} is not running any more")
+    family = [launcher, *launcher.children(recursive=True)]
+    launcher.terminate()
+    _, alive = psutil.wait_procs(family, DOWN_TIMEOUT_S)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive)
+
+
+@contextlib.asynccontextmanager
+async def _controller(name: str, address: str, auth_mode: str) -> AsyncIterator["RemoteController"]:
+    prepare_ray(auth_mode)
+    from controller.cluster import Cluster
+
+    cluster = Cluster(address)
+    await cluster.connect()
+    try:
+        from controller.remote import RemoteController
+
+        yield RemoteController.find(name)
+    finally:
+        await cluster.close()

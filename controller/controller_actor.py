@@ -1,0 +1,35 @@
+"""The controller's process: `Controller` as a named, detached Ray actor.
+
+When it dies Ray starts it again with the same arguments, and it finds its routers and workers by their names;
+requests are served all the while.
+"""
+
+import ray
+
+from controller.actors import RayProcesses
+from controller.controller import Controller
+from controller.plan import Deployment
+from controller.status import SystemStatus
+from pdserve.clock import LoopClock
+from pdserve.logs import set_up_logging
+
+
+class ControllerActor:
+    """`Controller` as a Ray actor."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        set_up_logging("controller", deployment.config.logs.level)
+        own_handle = ray.get_runtime_context().current_actor
+        self._controller = Controller(deployment, RayProcesses(deployment, own_handle), LoopClock())
+
+    async def tell(self, process_id: str, message: str) -> None:
+        self._controller.tell(process_id, message)
+
+    async def follow(self, seen: int) -> SystemStatus:
+        return await self._controller.follow(seen)
+
+    async def status(self) -> SystemStatus:
+        return await self._controller.status()
+
+    async def shut_down(self) -> None:
+        await self._controller.shut_down()

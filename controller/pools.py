@@ -1,0 +1,207 @@
+"""Keeping processes alive: one slot per wanted router or worker. Knows no Ray; effects go through `Process`.
+
+pending -> starting -> ready -> lost -> pending ...
+              |                  +----> failed   (dies again and again)
+              +----> failed              (cannot be started: bad model, no node for it)
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from controller.status import ProcessReport, ProcessSpec, ProcessState, ProcessStatus
+from pdserve.contract.messages import Members
+from pdserve.contract.ports import Clock
+
+log = logging.getLogger(__name__)
+
+RECENT_S = 120.0
+"""Deaths within this time count together."""
+MAX_RECENT_DEATHS = 4
+"""One more ends the attempts."""
+FIRST_DELAY_S = 1.0
+"""Before the second replacement; doubles with each further one. The first comes at once."""
+
+
+class ProcessEnded(Exception):
+    """The process is over; the message says how."""
+
+
+class StartRefused(Exception):
+    """Starting the process again would end the same way; the message names cause and fix."""
+
+
+class Process(Protocol):
+    """One started router or worker."""
+
+    async def placed(self) -> None:
+        """Returns once the process lives. Raises ProcessEnded."""
+        ...
+
+    def shortage(self) -> str:
+        """Why no node takes the process; empty when one could."""
+        ...
+
+    async def start(self) -> ProcessReport:
+        """Returns once it serves; at once when it does already. Raises StartRefused or ProcessEnded."""
+        ...
+
+    async def ended(self) -> str:
+        """Returns when the process is over, with the reason."""
+        ...
+
+    async def report(self) -> ProcessReport:
+        """Raises ProcessEnded."""
+        ...
+
+    async def set_members(self, members: Members) -> None:
+        """Routers: returns once it is connected to all of them. Raises ProcessEnded."""
+        ...
+
+    async def stop(self) -> None:
+        """End what it serves. Does not raise when the process is over already."""
+        ...
+
+    def kill(self) -> None:
+        """Make sure that it is over. Idempotent."""
+        ...
+
+
+class Processes(Protocol):
+    """Makes processes, and finds those that an earlier controller made."""
+
+    def find(self, spec: ProcessSpec) -> Process | None: ...
+
+    def create(self, spec: ProcessSpec) -> Process: ...
+
+
+@dataclass(slots=True)
+class DeathRecord:
+    """When a slot's process died, and what follows from it. Pure."""
+
+    died_at: list[float] = field(default_factory=list)
+
+    def note(self, now: float) -> float | None:
+        """Count a death; seconds to wait before the next start, None to give up."""
+        self.died_at = [then for then in self.died_at if now - then < RECENT_S] + [now]
+        num_recent = len(self.died_at)
+        if num_recent > MAX_RECENT_DEATHS:
+            return None
+        return 0.0 if num_recent == 1 else FIRST_DELAY_S * 2.0 ** (num_recent - 2)
+
+
+class Slot:
+    """One place in a pool. `run` keeps a process in it; `changed` is called after every change."""
+
+    def __init__(
+        self,
+        spec: ProcessSpec,
+        processes: Processes,
+        clock: Clock,
+        placement_timeout_s: float,
+        changed: Callable[[], None],
+    ) -> None:
+        self.spec = spec
+        self.state = ProcessState.PENDING
+        self.process: Process | None = None
+        self.last_report: ProcessReport | None = None
+        self.num_restarts = 0
+        self.is_settled = False
+        """It is known whether an earlier controller has left a living process for this slot."""
+        self._message = ""
+        self._processes = processes
+        self._clock = clock
+        self._placement_timeout_s = placement_timeout_s
+        self._changed = changed
+        self._deaths = DeathRecord()
+
+    @property
+    def status(self) -> ProcessStatus:
+        return ProcessStatus(
+            self.spec.id, self.spec.pool, self.state, self._message, self.num_restarts, self.last_report
+        )
+
+    async def run(self) -> None:
+        """Until cancelled, or until starting it once more makes no sense."""
+        process = self._processes.find(self.spec)
+        self.is_settled = process is None
+        self._changed()
+        while True:
+            try:
+                await self._live(process or self._processes.create(self.spec))
+            except StartRefused as error:
+                return self._set(ProcessState.FAILED, str(error))
+            except ProcessEnded as error:
+                if not await self._pause(str(error)):
+                    return None
+            process = None
+            self.num_restarts += 1
+
+    def tell(self, message: str) -> None:
+        """What the process does at the moment, for whoever watches it start."""
+        if self.state is ProcessState.STARTING:
+            self._set(self.state, message)
+
+    async def refresh(self) -> None:
+        """Ask the process for its report."""
+        if self.process is not None and self.state in (ProcessState.STARTING, ProcessState.READY):
+            try:
+                self.last_report = await self.process.report()
+            except ProcessEnded:
+                return  # `run` hears of it too
+
+    async def stop(self) -> None:
+        """End the process. `run` has to be cancelled before."""
+        if self.process is not None:
+            await self.process.stop()
+            self.process.kill()
+        self.process = None
+        self._set(ProcessState.STOPPED)
+
+    async def _live(self, process: Process) -> None:
+        """One process from its creation to its end."""
+        self.process = process
+        self._set(ProcessState.PENDING)
+        try:
+            await self._place(process)
+            self._set(ProcessState.STARTING)
+            self.last_report = await process.start()
+            self.is_settled = True
+            self._set(ProcessState.READY)
+            raise ProcessEnded(await process.ended())
+        except (ProcessEnded, StartRefused):
+            process.kill()
+            self.process = self.last_report = None
+            self.is_settled = True
+            raise
+
+    async def _place(self, process: Process) -> None:
+        placing = asyncio.create_task(process.placed())
+        try:
+            await asyncio.wait({placing}, timeout=self._placement_timeout_s)
+            missing = "" if placing.done() else process.shortage()
+            if missing and self.num_restarts == 0:
+                raise StartRefused(missing)
+            if missing:  # it ran before, so the cluster has lost a node and may get another
+                self._set(ProcessState.PENDING, missing)
+            await placing
+        finally:
+            placing.cancel()
+
+    async def _pause(self, reason: str) -> bool:
+        """Wait before the next start; False when there is to be none."""
+        log.warning("%s ended: %s", self.spec.id, reason)
+        delay_s = self._deaths.note(self._clock.now())
+        if delay_s is None:
+            num = len(self._deaths.died_at)
+            self._set(ProcessState.FAILED, f"it died {num} times within {RECENT_S:g} s, last: {reason}")
+            return False
+        self._set(ProcessState.LOST, reason)
+        await self._clock.sleep(delay_s)
+        return True
+
+    def _set(self, state: ProcessState, message: str = "") -> None:
+        self.state, self._message = state, message
+        self._changed()

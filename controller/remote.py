@@ -1,0 +1,90 @@
+"""The controller, as the launcher and the other commands see it through Ray."""
+
+import asyncio
+import contextlib
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+
+from controller.actors import NAMESPACE, controller_name, stop_leftovers
+from controller.controller_actor import ControllerActor
+from controller.plan import Deployment
+from controller.status import SystemStatus
+from pdserve.contract.errors import ConfigError, NotFound, Unavailable
+
+SHUT_DOWN_TIMEOUT_S = 20.0
+RETRY_S = 0.5
+"""While Ray starts a controller again."""
+
+
+class RemoteController:
+    """Calls to one controller. Each raises Unavailable when it is gone for good."""
+
+    def __init__(self, system: str, actor: Any) -> None:
+        self._system = system
+        self._actor = actor
+
+    @classmethod
+    def create(cls, deployment: Deployment) -> "RemoteController":
+        """Start it. Raises ConfigError when this cluster has one for a system of that name."""
+        system = deployment.config.name
+        options = {
+            "name": controller_name(system),
+            "namespace": NAMESPACE,
+            "lifetime": "detached",
+            "max_restarts": -1,
+            "num_cpus": 0,
+        }
+        try:
+            actor = ray.remote(ControllerActor).options(**options).remote(deployment)
+        except ValueError as error:
+            raise ConfigError(
+                f"a system named {system!r} runs on this cluster already: end it with `pdserve down --name "
+                f"{system}`, or choose another --name",
+                param="name",
+            ) from error
+        return cls(system, actor)
+
+    @classmethod
+    def find(cls, system: str) -> "RemoteController":
+        """Raises NotFound."""
+        try:
+            return cls(system, ray.get_actor(controller_name(system), NAMESPACE))
+        except ValueError as error:
+            raise NotFound(
+                f"no system named {system!r} runs on this cluster: start it with `pdserve up`"
+            ) from error
+
+    async def follow(self, seen: int) -> SystemStatus:
+        """The status as soon as its version is above `seen`; a restarted controller counts from 0 again."""
+        status = await self._ask("follow", seen)
+        assert isinstance(status, SystemStatus)
+        return status
+
+    async def status(self) -> SystemStatus:
+        status = await self._ask("status")
+        assert isinstance(status, SystemStatus)
+        return status
+
+    async def shut_down(self) -> None:
+        """End all processes of the system, whatever state it is in."""
+        with contextlib.suppress(Unavailable, TimeoutError):
+            async with asyncio.timeout(SHUT_DOWN_TIMEOUT_S):
+                await self._ask("shut_down")
+        ray.kill(self._actor, no_restart=True)
+        stop_leftovers(self._system)
+
+    async def _ask(self, method: str, *arguments: object) -> object:
+        while True:
+            try:
+                answer: object = await getattr(self._actor, method).remote(*arguments)
+            except ActorUnavailableError:
+                await asyncio.sleep(RETRY_S)
+                arguments = (0,) if method == "follow" else arguments
+            except RayActorError as error:
+                raise Unavailable(f"the controller of {self._system!r} is gone: see Ray's logs") from error
+            except RayError as error:
+                raise Unavailable(f"the controller of {self._system!r} failed: {error}") from error
+            else:
+                return answer

@@ -1,0 +1,70 @@
+"""A router's process: a `RouterFront` as one Ray actor.
+
+The front is imported by the router's own process only, so that the controller starts quickly.
+"""
+
+import asyncio
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+from controller.addresses import node_name
+from controller.plan import ProcessPlan
+from controller.status import ProcessReport
+from pdserve.contract.errors import ErrorInfo, PdserveError
+from pdserve.contract.messages import Members
+from pdserve.logs import set_up_logging
+
+if TYPE_CHECKING:
+    from controller.router_front import RouterFront
+
+
+class RouterActor:
+    """Created by the controller; `start`, then `ended` until `stop`."""
+
+    def __init__(self, plan: ProcessPlan, controller: Any) -> None:
+        """`controller` is the handle of the controller's actor; a router tells it nothing on its own."""
+        set_up_logging(plan.spec.id, plan.deployment.config.logs.level)
+        self._plan = plan
+        self._front: RouterFront | None = None
+        self._starting: asyncio.Task[ProcessReport | ErrorInfo] | None = None
+        self._stopped = asyncio.Event()
+
+    async def ping(self) -> int:
+        """Shows that the process lives; its id."""
+        return os.getpid()
+
+    async def start(self) -> ProcessReport | ErrorInfo:
+        """Listen and report; what is wrong if that cannot be. Asked again, the same answer."""
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start())
+        await self._starting
+        return self._starting.result()
+
+    async def report(self) -> ProcessReport:
+        return self._front.report() if self._front else ProcessReport(os.getpid(), node_name())
+
+    async def set_members(self, members: Members) -> None:
+        """Take over a membership; returns once every member can be used, or a newer membership has come."""
+        assert self._front is not None, "the router has not been started"
+        await self._front.set_members(members)
+
+    async def ended(self) -> str:
+        """Returns when the router has been stopped."""
+        await self._stopped.wait()
+        return "stopped"
+
+    async def stop(self) -> None:
+        if self._front is not None:
+            await self._front.stop()
+        self._stopped.set()
+
+    async def _start(self) -> ProcessReport | ErrorInfo:
+        module = await asyncio.to_thread(importlib.import_module, "controller.router_front")
+        front: RouterFront = module.RouterFront(self._plan)
+        try:
+            await front.start()
+        except PdserveError as error:
+            return error.info
+        self._front = front
+        return front.report()

@@ -1,0 +1,114 @@
+"""A router put together with its HTTP and gRPC APIs and its metrics page. Never imports torch."""
+
+import asyncio
+import os
+
+from prometheus_client import start_http_server
+
+from controller.addresses import node_name, reachable
+from controller.model_files import fetch_text_files
+from controller.plan import ProcessPlan
+from controller.status import ProcessReport
+from pdserve.clock import LoopClock, SystemRng
+from pdserve.contract.errors import InvalidRequest
+from pdserve.contract.ids import RouterId
+from pdserve.contract.messages import Members
+from pdserve.rpc.grpc_rpc import GrpcRpc
+from router.admission import AdmissionLimits
+from router.api_settings import ApiLimits, ApiSettings
+from router.grpc_api import GrpcApi, serve_grpc
+from router.http_api import create_app
+from router.http_server import HttpServer, serve_http
+from router.journey import JourneySettings
+from router.router import Router, RouterSettings
+from router.text import TextModel
+
+STOP_GRACE_S = 1.0
+"""How long open answers may take when the router stops."""
+
+
+class RouterFront:
+    """From `start` to `stop`. Belongs to the event loop in which it is made."""
+
+    def __init__(self, plan: ProcessPlan) -> None:
+        self._plan = plan
+        self._config = plan.deployment.config.router
+        self._router = Router(
+            RouterId(plan.spec.id), GrpcRpc(), LoopClock(), SystemRng(), self._router_settings()
+        )
+        self._http: HttpServer | None = None
+        self._grpc: GrpcApi | None = None
+        self._metrics_url = ""
+        self._takes = ""
+
+    async def start(self) -> None:
+        """Load the tokeniser and listen. Raises NotFound or ConfigError."""
+        folder = await asyncio.to_thread(fetch_text_files, self._plan.deployment.model)
+        text_model = await asyncio.to_thread(TextModel.load, folder)
+        await self._serve(text_model)
+        self._metrics_url = self._serve_metrics()
+        self._takes = most_comfortable(text_model)
+
+    def report(self) -> ProcessReport:
+        return ProcessReport(
+            pid=os.getpid(),
+            node=node_name(),
+            address=self._reachable(self._http.port) if self._http else "",
+            metrics_url=self._metrics_url,
+            grpc_address=self._reachable(self._grpc.port) if self._grpc else "",
+            takes=self._takes,
+            model=self._plan.deployment.model.served_name,
+            epoch=self._router.fleet.epoch,
+        )
+
+    async def set_members(self, members: Members) -> None:
+        """Take over a membership; returns once every member can be used, or a newer membership has come."""
+        self._router.set_members(members)
+        fleet = self._router.fleet
+        while fleet.epoch == members.epoch and not all(view.usable for view in fleet.workers.values()):
+            fleet.changed.clear()
+            await fleet.changed.wait()
+
+    async def stop(self) -> None:
+        """Take no new requests, give open ones a moment, and let go of the workers."""
+        servers = [server for server in (self._http, self._grpc) if server is not None]
+        await asyncio.gather(*[server.stop(STOP_GRACE_S) for server in servers])
+        await self._router.close()
+
+    async def _serve(self, text_model: TextModel) -> None:
+        settings = self._api_settings()
+        observer = self._router.metrics
+        app = create_app(self._router, text_model, settings, observer=observer)
+        index, host = self._plan.spec.index, self._config.host
+        http_port, grpc_port = self._config.http_port, self._config.grpc_port
+        self._http = await serve_http(app, host, http_port and http_port + index)
+        if grpc_port is not None:
+            port = grpc_port and grpc_port + index
+            self._grpc = await serve_grpc(self._router, text_model, host, port, settings, observer=observer)
+
+    def _serve_metrics(self) -> str:
+        host = self._plan.deployment.config.network.metrics_host
+        server, _ = start_http_server(0, host, self._router.registry)
+        return f"http://{reachable(host, server.server_port, self._plan.deployment)}/metrics"
+
+    def _reachable(self, port: int) -> str:
+        return reachable(self._config.host, port, self._plan.deployment)
+
+    def _router_settings(self) -> RouterSettings:
+        admission = AdmissionLimits(**self._config.admission.model_dump())
+        return RouterSettings(admission, JourneySettings(queue_timeout_s=self._config.queue_timeout_s))
+
+    def _api_settings(self) -> ApiSettings:
+        limits = ApiLimits(**self._config.limits.model_dump())
+        return ApiSettings(self._plan.deployment.model.served_name, limits)
+
+
+def most_comfortable(text_model: TextModel) -> str:
+    """``chat``, ``text`` or ``tokens``: what a client had best send."""
+    if not text_model.has_tokenizer:
+        return "tokens"
+    try:
+        text_model.render_chat([{"role": "user", "content": "hello"}])
+    except InvalidRequest:
+        return "text"
+    return "chat"

@@ -1,0 +1,99 @@
+"""What a person at the terminal sees: progress, the URL, a table of processes. The only file that prints."""
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterable
+
+from controller.status import ProcessState, ProcessStatus, SystemStatus
+from pdserve.demo import RecallPrompt, recall_prompt
+
+_DEMO_SEED = 7
+_DEMO_TOKENS = 120
+_MAX_TOKENS = 48
+
+
+def say(line: str = "") -> None:
+    """To stdout, at once also where it is a pipe."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def say_piece(text: str) -> None:
+    """Part of a line."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def complain(line: str) -> None:
+    """One line to stderr."""
+    sys.stderr.write(f"pdserve: {' '.join(line.split())}\n")
+    sys.stderr.flush()
+
+
+class Progress:
+    """One line per thing that happens while a system starts; what has been said is not repeated."""
+
+    def __init__(self) -> None:
+        self._started_at = time.monotonic()
+        self._said: dict[str, str] = {}  # process id -> last line
+
+    def note(self, what: str) -> None:
+        say(f"[{time.monotonic() - self._started_at:5.1f} s] {what}")
+
+    def show(self, status: SystemStatus) -> None:
+        for process in status.processes:
+            line = describe(process)
+            if self._said.get(process.id) != line and process.state is not ProcessState.PENDING:
+                self._said[process.id] = line
+                self.note(line)
+
+
+def describe(process: ProcessStatus) -> str:
+    detail = f": {process.message}" if process.message else ""
+    if process.state is ProcessState.STARTING:
+        return f"{process.id}{detail or ': starting'}"
+    return f"{process.id} {process.state.value}{detail}"
+
+
+def ready_text(status: SystemStatus, url: str, takes: str, is_demo: bool) -> str:
+    """The URL and a request to try, complete."""
+    prompt = recall_prompt(_DEMO_SEED, _DEMO_TOKENS) if is_demo and takes == "chat" else None
+    path, body = _example(status.model, takes, prompt)
+    curl = (
+        f"curl -sN {url}{path} -H 'Content-Type: application/json' \\\n  -d {shlex.quote(json.dumps(body))}"
+    )
+    expected = f"\nIt should answer: {prompt.answer}" if prompt else ""
+    return f"\npdserve serves {status.model} at {url}\n\nTry it:\n\n{curl}\n{expected}"
+
+
+def table(status: SystemStatus) -> str:
+    """All processes, one per line."""
+    rows = [["ID", "STATE", "PID", "NODE", "ADDRESS", "KV BLOCKS (free/cached/reserved/active)"]]
+    rows += [_row(process) for process in status.processes]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    notes = [f"{p.id}: {p.message}" for p in status.processes if p.message]
+    head = f"{status.name}: {status.state.value}, serves {status.model}"
+    return "\n".join([head, *(line.rstrip() for line in lines), *notes])
+
+
+def _row(process: ProcessStatus) -> list[str]:
+    report = process.report
+    if report is None:
+        return [process.id, process.state.value, "-", "-", "-", "-"]
+    counts = report.kv_blocks
+    numbers: Iterable[int] = (counts.free, counts.cached, counts.reserved, counts.active) if counts else ()
+    blocks = "/".join(map(str, numbers)) or "-"
+    return [process.id, process.state.value, str(report.pid), report.node, report.address or "-", blocks]
+
+
+def _example(model: str, takes: str, prompt: RecallPrompt | None) -> tuple[str, dict[str, object]]:
+    if takes == "chat":
+        content = prompt.prompt if prompt else "Say hello."
+        body: dict[str, object] = {"model": model, "messages": [{"role": "user", "content": content}]}
+        return "/v1/chat/completions", {**body, "max_tokens": _MAX_TOKENS, "temperature": 0, "stream": True}
+    text: object = "Once upon a time" if takes == "text" else [1, 2, 3, 4]
+    body = {"model": model, "prompt": text, "max_tokens": _MAX_TOKENS, "stream": True}
+    return "/v1/completions", {**body, "return_token_ids": True} if takes == "tokens" else body

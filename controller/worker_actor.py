@@ -1,0 +1,225 @@
+"""A worker's process: the engine, a `Worker` and its metrics page, as one Ray actor.
+
+Nothing here imports torch before `start`: the number of threads has to be in the environment by then, and an
+actor whose process waits for its turn stays small.
+"""
+
+import asyncio
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import start_http_server
+
+from controller.addresses import advertised_host, bind_host, join, node_name, reachable
+from controller.plan import ProcessPlan
+from controller.status import ProcessReport
+from pdserve.clock import LoopClock, SystemRng
+from pdserve.contract.errors import ConfigError, ErrorInfo, PdserveError
+from pdserve.contract.ids import WorkerId
+from pdserve.contract.messages import Member, Role
+from pdserve.logs import set_up_logging
+
+if TYPE_CHECKING:
+    from controller.worker import Worker, WorkerSettings
+    from pdserve.engine.engine import ModelEngine
+    from pdserve.engine.settings import EngineSettings
+
+log = logging.getLogger(__name__)
+
+MAX_AUTO_KV_BYTES = 4 << 30
+"""On a CPU: more is seldom of use, and the machine is shared."""
+AUTO_KV_FRACTION = 0.5
+AUTO_KV_FRACTION_GPU = 0.85
+"""A GPU has little else to do."""
+LAST_WORDS_S = 1.0
+"""How long a worker whose engine loop has failed lives on to say why."""
+
+
+class WorkerActor:
+    """Created by the controller; `start`, then `ended` until `stop`."""
+
+    def __init__(self, plan: ProcessPlan, controller: Any) -> None:
+        """`controller` is the handle of the controller's actor."""
+        set_up_logging(plan.spec.id, plan.deployment.config.logs.level)
+        self._plan = plan
+        self._controller = controller
+        self._worker: Worker | None = None
+        self._member: Member | None = None
+        self._metrics_url = ""
+        self._starting: asyncio.Task[ProcessReport | ErrorInfo] | None = None
+
+    async def ping(self) -> int:
+        """Shows that the process lives; its id."""
+        return os.getpid()
+
+    async def start(self) -> ProcessReport | ErrorInfo:
+        """Load, listen, and report; what is wrong if that cannot be. Asked again, the same answer."""
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start())
+        return await self._starting
+
+    async def report(self) -> ProcessReport:
+        return ProcessReport(
+            pid=os.getpid(),
+            node=node_name(),
+            address=self._member.address if self._member else "",
+            metrics_url=self._metrics_url,
+            kv_blocks=self._worker.block_counts() if self._worker else None,
+            member=replace(self._member, state=self._worker.state) if self._member and self._worker else None,
+        )
+
+    async def ended(self) -> str:
+        """Returns when the worker is over, with the reason; only after `start`."""
+        assert self._worker is not None, "the worker has not been started"
+        try:
+            await self._worker.ended()
+        except Exception as error:  # whatever ended the loop, the process must not live on without it
+            log.critical("the engine loop has failed", exc_info=error)
+            asyncio.get_running_loop().call_later(LAST_WORDS_S, os._exit, 1)
+            return f"its engine loop failed: {type(error).__name__}: {error}"
+        return "stopped"
+
+    async def stop(self) -> None:
+        """Break all streams and end the loop."""
+        if self._worker is not None:
+            await self._worker.stop()
+
+    async def _start(self) -> ProcessReport | ErrorInfo:
+        try:
+            engine = await asyncio.to_thread(self._load_engine)
+            await self._serve(engine)
+        except PdserveError as error:
+            log.error("cannot start: %s", error)
+            return error.info
+        return await self.report()
+
+    def _load_engine(self) -> "ModelEngine":
+        set_thread_environment(*self._threads())
+        self._tell("importing torch")
+        from pdserve.engine.engine import ModelEngine
+
+        return ModelEngine.load(self._engine_settings(), self._tell)
+
+    async def _serve(self, engine: "ModelEngine") -> None:
+        from controller.worker import Worker
+        from pdserve.engine.executor import ThreadExecutor
+        from pdserve.rpc.grpc_rpc import GrpcRpc
+
+        self._tell("starting to listen")
+        spec = self._plan.spec
+        worker = Worker(
+            WorkerId(spec.id),
+            Role(spec.pool),
+            engine,
+            ThreadExecutor(engine),
+            GrpcRpc(),
+            LoopClock(),
+            SystemRng(),
+            self._worker_settings(),
+        )
+        self._member = await self._listen(worker)
+        self._metrics_url = self._serve_metrics(worker)
+        self._worker = worker
+
+    async def _listen(self, worker: "Worker") -> Member:
+        deployment = self._plan.deployment
+        ports = deployment.config.network.worker_ports
+        first, last = ports or (0, 0)
+        for port in range(first, last + 1):
+            try:
+                member = await worker.start(join(bind_host(deployment), port))
+            except ConfigError:
+                if port == last:
+                    raise
+                continue
+            real_port = int(member.address.rpartition(":")[2])
+            return replace(member, address=join(advertised_host(deployment), real_port))
+        raise AssertionError("the range holds at least one port")
+
+    def _serve_metrics(self, worker: "Worker") -> str:
+        host = self._plan.deployment.config.network.metrics_host
+        server, _ = start_http_server(0, host, worker.registry)
+        return f"http://{reachable(host, server.server_port, self._plan.deployment)}/metrics"
+
+    def _threads(self) -> tuple[int, bool]:
+        """How many threads, and whether the machine's workers together have more than it has cores."""
+        cores = num_cores()
+        threads = self._plan.deployment.config.engine.threads or max(1, cores // self._plan.num_neighbours)
+        return threads, threads * self._plan.num_neighbours > cores
+
+    def _engine_settings(self) -> "EngineSettings":
+        from pdserve.engine.settings import EngineSettings
+
+        deployment = self._plan.deployment
+        model, engine = deployment.config.model, deployment.config.engine
+        kv_bytes, kv_fraction = self._kv_memory()
+        return EngineSettings(
+            model=deployment.model.path,
+            served_name=deployment.model.served_name,
+            revision=deployment.model.revision,
+            dtype=model.dtype,
+            device=model.device,
+            threads=self._threads()[0],
+            block_size=engine.block_size,
+            kv_memory_bytes=kv_bytes,
+            kv_memory_fraction=kv_fraction,
+            max_model_len=model.max_model_len,
+            deterministic=engine.deterministic,
+            trust_remote_code=model.trust_remote_code,
+            chunk_tokens=engine.chunk_tokens,
+            step_budget_s=engine.step_budget_ms / 1000,
+        )
+
+    def _kv_memory(self) -> tuple[int | None, float]:
+        """Bytes, or None and the share of what is free after loading."""
+        wanted = self._plan.deployment.config.engine.kv_memory
+        if isinstance(wanted, int):
+            return wanted, AUTO_KV_FRACTION
+        return (None, wanted) if isinstance(wanted, float) else self._auto_kv_memory()
+
+    def _auto_kv_memory(self) -> tuple[int | None, float]:
+        from pdserve.engine.checkpoint import find_checkpoint
+        from pdserve.engine.host import available_bytes, find_device
+
+        deployment = self._plan.deployment
+        device = find_device(deployment.config.model.device)
+        if device.type == "cuda":
+            return None, AUTO_KV_FRACTION_GPU * min(1.0, self._plan.num_gpus or 1 / self._plan.num_neighbours)
+        weight_bytes = find_checkpoint(deployment.model.path, deployment.model.revision).weight_bytes
+        share = AUTO_KV_FRACTION / self._plan.num_neighbours
+        is_plenty = (available_bytes(device) - weight_bytes) * share > MAX_AUTO_KV_BYTES
+        return (MAX_AUTO_KV_BYTES if is_plenty else None), share
+
+    def _worker_settings(self) -> "WorkerSettings":
+        from controller.worker import WorkerSettings
+        from decode_worker.loop import DecodeSettings
+
+        config = self._plan.deployment.config
+        decode = DecodeSettings(config.engine.step_budget_ms / 1000, config.engine.growth_reserve_blocks)
+        return WorkerSettings(decode=decode, transports=config.network.transports)
+
+    def _tell(self, message: str) -> None:
+        self._controller.tell.remote(self._plan.spec.id, message)
+
+
+def set_thread_environment(num_threads: int, is_crowded: bool) -> None:
+    """For the libraries under torch, which read it once when they are loaded.
+
+    On a crowded machine idle threads must sleep: a spinning team of them takes the cores of its neighbours.
+    """
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(num_threads)
+    if is_crowded:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def num_cores() -> int:
+    """Cores that this process may use, a container's quota included."""
+    allowed = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(allowed, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or no quota ("max")
+        return allowed

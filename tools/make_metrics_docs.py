@@ -1,0 +1,86 @@
+"""Generate docs/metrics.md from the metrics that pdserve/metrics.py registers.
+
+python tools/make_metrics_docs.py            write it
+python tools/make_metrics_docs.py --check    fail when the committed page is not what would be written
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, Metric
+
+from pdserve.contract.errors import ErrorCode
+from pdserve.contract.work import BlockCounts
+from pdserve.metrics import RouterMetrics, WorkerMetrics
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "metrics.md"
+
+HEAD = """\
+# Metrics
+
+Every router and every worker serves a page of its own in the Prometheus text format; `pdserve status --json`
+says where (`metrics_url`). Times are seconds, sizes bytes. Which process a sample comes from is in the scrape
+target's labels; the labels below are bounded: never a request, a tenant or a worker.
+
+A histogram is exported as `_bucket`, `_sum` and `_count`. This page is generated from
+[`pdserve/metrics.py`](../pdserve/metrics.py) by `tools/make_metrics_docs.py`; do not edit it.
+"""
+
+TABLE_HEAD = "| name | type | labels | meaning |\n|---|---|---|---|"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    check = parser.parse_args().check
+    page = make_page()
+    if not check:
+        PAGE.write_text(page)
+    elif not PAGE.exists() or PAGE.read_text() != page:
+        print("docs/metrics.md is not what tools/make_metrics_docs.py writes: run it", file=sys.stderr)
+        return 1
+    return 0
+
+
+def make_page() -> str:
+    """The whole page as Markdown."""
+    return "\n".join([HEAD, _section("Workers", _worker_metrics()), _section("Routers", _router_metrics())])
+
+
+def _worker_metrics() -> Iterable[Metric]:
+    """All families of a worker, each with a sample, which alone says what its labels are."""
+    metrics = WorkerMetrics("decode", CollectorRegistry())
+    metrics.observe_segment("grpc", num_bytes=0, seconds=0.0, verified=True)
+    metrics.follow_blocks(lambda: BlockCounts(free=0, cached=0, reserved=0, active=0))
+    metrics.count_end("stop")
+    return metrics.registry.collect()
+
+
+def _router_metrics() -> Iterable[Metric]:
+    metrics = RouterMetrics(CollectorRegistry())
+    metrics.count_end("stop")
+    metrics.count_recovery(ErrorCode.WORKER_LOST)
+    metrics.on_request_start("chat")
+    metrics.on_request_end("chat", "ok", 200)
+    metrics.follow_workers(lambda: 0)
+    return metrics.registry.collect()
+
+
+def _section(title: str, families: Iterable[Metric]) -> str:
+    rows = sorted(_row(family) for family in families)
+    return "\n".join([f"## {title}", "", TABLE_HEAD, *rows, ""])
+
+
+def _row(family: Metric) -> str:
+    if not family.samples:
+        raise ValueError(f"{family.name} has labels and no sample: use it once in the functions above")
+    name = f"{family.name}_total" if family.type == "counter" else family.name
+    labels = {label for sample in family.samples for label in sample.labels} - {"le"}
+    shown = ", ".join(f"`{label}`" for label in sorted(labels))
+    return f"| `{name}` | {family.type} | {shown} | {family.documentation} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
