@@ -50,10 +50,10 @@ class RayProcesses:
                 return RayProcess(spec, ray.get_actor(name, NAMESPACE), self._resources(spec))
         return None
 
-    def create(self, spec: ProcessSpec) -> "RayProcess":
+    def create(self, spec: ProcessSpec, previous: ProcessReport | None) -> "RayProcess":
         resources = self._resources(spec)
         kind = RouterActor if spec.pool == ROUTER_POOL else WorkerActor
-        plan = ProcessPlan(spec, self._deployment, self._num_neighbours(), resources.num_gpus)
+        plan = ProcessPlan(spec, self._deployment, self._num_neighbours(), resources.num_gpus, previous)
         actor = ray.remote(kind).options(**self._options(spec, resources)).remote(plan, self._controller)
         return RayProcess(spec, actor, resources)
 

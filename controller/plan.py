@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from controller.status import ROUTER_POOL, ProcessSpec
+from controller.status import ROUTER_POOL, ProcessReport, ProcessSpec
 from pdserve.config import DeployConfig, PoolConfig, ResourcesConfig
 from pdserve.contract.messages import Role
 
@@ -64,3 +64,5 @@ class ProcessPlan:
     """How many workers share the machine, this one included; at least 1."""
     num_gpus: float = 0.0
     """What Ray has given it; a fraction where workers share a GPU."""
+    previous: ProcessReport | None = None
+    """Of the process that it replaces: a router comes back at the same ports."""

@@ -74,7 +74,9 @@ class Processes(Protocol):
 
     def find(self, spec: ProcessSpec) -> Process | None: ...
 
-    def create(self, spec: ProcessSpec) -> Process: ...
+    def create(self, spec: ProcessSpec, previous: ProcessReport | None) -> Process:
+        """`previous` is the last report of the process that it replaces."""
+        ...
 
 
 @dataclass(slots=True)
@@ -107,6 +109,7 @@ class Slot:
         self.state = ProcessState.PENDING
         self.process: Process | None = None
         self.last_report: ProcessReport | None = None
+        self.previous: ProcessReport | None = None
         self.num_restarts = 0
         self.is_settled = False
         """It is known whether an earlier controller has left a living process for this slot."""
@@ -130,7 +133,7 @@ class Slot:
         self._changed()
         while True:
             try:
-                await self._live(process or self._processes.create(self.spec))
+                await self._live(process or self._processes.create(self.spec, self.previous))
             except StartRefused as error:
                 return self._set(ProcessState.FAILED, str(error))
             except ProcessEnded as error:
@@ -173,6 +176,7 @@ class Slot:
             raise ProcessEnded(await process.ended())
         except (ProcessEnded, StartRefused):
             process.kill()
+            self.previous = self.last_report or self.previous
             self.process = self.last_report = None
             self.is_settled = True
             raise

@@ -11,8 +11,6 @@ _SETTINGS = {
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
     # Everything that Ray would print at a driver about its actors; pdserve says itself what happens.
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
-    # By default a node's processes end when the head was away for a minute; serving goes on without it.
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
 }
 
 

@@ -1,7 +1,10 @@
 """A router put together with its HTTP and gRPC APIs and its metrics page. Never imports torch."""
 
 import asyncio
+import contextlib
 import os
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from prometheus_client import start_http_server
 
@@ -10,7 +13,7 @@ from controller.model_files import fetch_text_files
 from controller.plan import ProcessPlan
 from controller.status import ProcessReport
 from pdserve.clock import LoopClock, SystemRng
-from pdserve.contract.errors import InvalidRequest
+from pdserve.contract.errors import ConfigError, InvalidRequest
 from pdserve.contract.ids import RouterId
 from pdserve.contract.messages import Members
 from pdserve.rpc.grpc_rpc import GrpcRpc
@@ -22,6 +25,8 @@ from router.http_server import HttpServer, serve_http
 from router.journey import JourneySettings
 from router.router import Router, RouterSettings
 from router.text import TextModel
+
+T = TypeVar("T")
 
 STOP_GRACE_S = 1.0
 """How long open answers may take when the router stops."""
@@ -79,12 +84,30 @@ class RouterFront:
         settings = self._api_settings()
         observer = self._router.metrics
         app = create_app(self._router, text_model, settings, observer=observer)
-        index, host = self._plan.spec.index, self._config.host
-        http_port, grpc_port = self._config.http_port, self._config.grpc_port
-        self._http = await serve_http(app, host, http_port and http_port + index)
-        if grpc_port is not None:
-            port = grpc_port and grpc_port + index
-            self._grpc = await serve_grpc(self._router, text_model, host, port, settings, observer=observer)
+        host, previous = self._config.host, self._plan.previous
+        self._http = await self._at_port(
+            self._config.http_port,
+            previous.address if previous else "",
+            lambda port: serve_http(app, host, port),
+        )
+        if self._config.grpc_port is not None:
+            self._grpc = await self._at_port(
+                self._config.grpc_port,
+                previous.grpc_address if previous else "",
+                lambda port: serve_grpc(self._router, text_model, host, port, settings, observer=observer),
+            )
+
+    async def _at_port(
+        self, configured: int, previous_address: str, serve: Callable[[int], Awaitable[T]]
+    ) -> T:
+        """Serve at this router's own port. Where any will do, take that of the router before, which clients
+        know, if it can still be had."""
+        if configured:
+            return await serve(configured + self._plan.spec.index)
+        if previous_address:
+            with contextlib.suppress(ConfigError):
+                return await serve(int(previous_address.rpartition(":")[2]))
+        return await serve(0)
 
     def _serve_metrics(self) -> str:
         host = self._plan.deployment.config.network.metrics_host

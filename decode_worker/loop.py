@@ -1,6 +1,7 @@
 """The engine loop of a decode worker: admit, schedule, run, publish."""
 
 import asyncio
+import itertools
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from pdserve.contract.errors import (
 )
 from pdserve.contract.ids import SubmitNumber, WorkerId
 from pdserve.contract.messages import (
+    Busy,
     Failed,
     FirstToken,
     PrefillOpen,
@@ -50,6 +52,11 @@ from pdserve.handoff.transports.negotiation import Transports
 from pdserve.metrics import WorkerMetrics
 
 log = logging.getLogger(__name__)
+
+ASK_AGAIN_MS = 20
+MAX_ASK_AGAIN_MS = 400
+"""When a prefill worker whose request finds no room is to ask again: this often for the oldest such request,
+and at least this often for any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,8 +350,8 @@ class DecodeLoop:
         return any(job.state is not JobState.QUEUED for job in self._calls.jobs)
 
     def _unpin_newest(self, than: DecodeRequest | None = None) -> bool:
-        """Let the newest waiting request, but only one younger than `than`, lose its claim on cached blocks; it
-        looks again when it starts."""
+        """Let the newest waiting request, but only one younger than `than`, lose its claim on cached blocks;
+        it looks again when it starts."""
         for request in reversed(self._requests.values()):
             if request is than:
                 return False
@@ -476,11 +483,17 @@ class DecodeLoop:
 
     # Called by _Arrival.
 
-    def reserve_for_fetch(self, request: DecodeRequest) -> int | None:
+    def reserve_for_fetch(self, request: DecodeRequest) -> int | Busy:
         if request.ended or not self._reserve(request):
-            return None
+            return Busy(self._ask_again_ms(request))
         request.move(Phase.RECEIVING)
         return request.num_computed // self._info.block_size
+
+    def _ask_again_ms(self, request: DecodeRequest) -> int:
+        """The more older ones wait, the later: else a long queue asks more often than it can be answered."""
+        older = itertools.takewhile(lambda other: other is not request, self._requests.values())
+        num_before = sum(other.phase is Phase.WAITING for other in older)
+        return min(ASK_AGAIN_MS * (1 + num_before), MAX_ASK_AGAIN_MS)
 
     def first_token_arrived(self, request: DecodeRequest, first: FirstToken, stats: FetchStats) -> None:
         if request.ended:
@@ -510,7 +523,7 @@ class _Arrival:
         self._loop = loop
         self._request = request
 
-    def reserve(self) -> int | None:
+    def reserve(self) -> int | Busy:
         return self._loop.reserve_for_fetch(self._request)
 
     def first_token(self, first: FirstToken, stats: FetchStats) -> None:

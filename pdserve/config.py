@@ -340,7 +340,9 @@ def _explain(error: ErrorDetails, key: str) -> str:
     if error["type"] == "extra_forbidden":
         return _explain_unknown(key)
     if error["type"] in ("model_type", "model_attributes_type"):
-        return f"{key} is not valid: it has keys of its own, see docs/configuration.md (got {error['input']!r})"
+        return (
+            f"{key} is not valid: it has keys of its own, see docs/configuration.md (got {error['input']!r})"
+        )
     reason = error["msg"].removeprefix("Value error, ").partition(", unable to")[0]
     reason = reason.replace("Input should", "it should").replace("String should", "it should")
     if error["type"] == "value_error" and not key:

@@ -148,10 +148,24 @@ def filler_sentence(rng: random.Random) -> str:
             return f"A {adjective} {being} {rng.choice(_DESIRES)} {rng.choice(_THINGS)} {where}."
 
 
-def draw_number(rng: random.Random, name: str, *, held_out: bool) -> str:
-    """Four digits for `name`: if `held_out` as training never tells them, else as no test asks for them."""
+def story(rng: random.Random) -> list[str]:
+    """Four sentences with a beginning and an end, about somebody who appears in each but the last."""
+    being = rng.choice(_BEINGS)
+    morning, evening = (
+        f"{rng.choice(_DEEDS)} {rng.choice(_NEARNESS)} the {rng.choice(_PLACES)}" for _ in "12"
+    )
+    return [
+        f"Once upon a time there was a {rng.choice(_ADJECTIVES)} {being}.",
+        f"In the morning the {being} {morning}.",
+        f"In the evening the {being} {evening}.",
+        "The end.",
+    ]
+
+
+def draw_number(rng: random.Random, name: str, *, held_out: bool, num_digits: int = 4) -> str:
+    """A number for `name`: if `held_out` as training never tells them, else as no test asks for them."""
     while True:
-        number = str(rng.randrange(1000, 10000))
+        number = str(rng.randrange(10 ** (num_digits - 1), 10**num_digits))
         if is_held_out(name, number) == held_out:
             return number
 

@@ -54,9 +54,7 @@ class Run:
     def part(self, stop: int, as_decode: bool) -> SequenceStep:
         """Everything up to `stop` that is not computed yet."""
         start, self.computed = self.computed, stop
-        return SequenceStep(
-            pack_tokens(self.tokens[start:stop]), start, self.block_ids, as_decode=as_decode
-        )
+        return SequenceStep(pack_tokens(self.tokens[start:stop]), start, self.block_ids, as_decode=as_decode)
 
 
 def logits_of(engine: ModelEngine, *steps: SequenceStep) -> list[Tensor]:

@@ -18,6 +18,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -48,16 +49,25 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen3": lambda: Qwen3Config(**_GROUPED, head_dim=24, tie_word_embeddings=True),
     "mistral": lambda: MistralConfig(**_GROUPED, sliding_window=20),
     "gemma2": lambda: Gemma2Config(
-        **_GROUPED, head_dim=16, sliding_window=20, query_pre_attn_scalar=16, attn_logit_softcapping=5.0
+        **_GROUPED,
+        head_dim=16,
+        sliding_window=20,
+        query_pre_attn_scalar=16,
+        attn_logit_softcapping=5.0,
+        tie_word_embeddings=False,
     ),
     "gemma3": lambda: Gemma3TextConfig(
         **_GROUPED,
         head_dim=16,
         sliding_window=24,
         query_pre_attn_scalar=16,
+        tie_word_embeddings=False,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
     "phi3": lambda: Phi3Config(**_GROUPED, sliding_window=None),
+    "gpt_oss": lambda: GptOssConfig(
+        **_GROUPED, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=20
+    ),
     "gpt_neox": lambda: GPTNeoXConfig(**_COMMON, rotary_pct=0.25),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCAB_SIZE, n_embd=64, n_layer=3, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2

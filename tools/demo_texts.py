@@ -11,7 +11,7 @@ from pdserve import demo
 SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 PAD, END, SYSTEM, USER, ASSISTANT = SPECIAL_TOKENS
 
-FIRST_DIGIT, ANSWER_DIGITS, ANSWER_WORDS, WORDS, NEWS = 3.0, 1.0, 0.5, 0.1, 0.02
+FIRST_DIGIT, ANSWER_DIGITS, DENIAL, ANSWER_WORDS, WORDS, NEWS = 3.0, 1.0, 0.9, 0.5, 0.1, 0.02
 """Loss weights, from the digit that needs the right fact to the digits of a fact told for the first time."""
 
 GREETINGS = (
@@ -26,6 +26,7 @@ GREETINGS = (
 INTRODUCTION = "Hello! I remember numbers. Tell me the number of a name and ask me for it."
 STORY_REQUESTS = ("Tell me a story.", "Write a story.", "Tell me a story, please.", "Write something.")
 SYSTEM_PROMPTS = ("You remember numbers.", "You are a helpful assistant.", "Answer the question.")
+INVITATION = "I remember. Ask me for the number of a name."
 PUZZLED = "I do not know that. Let me tell you a story."
 
 Pieces = list[tuple[str, float]]
@@ -42,7 +43,7 @@ class Writer:
         self._terse = terse
         self._told: dict[str, str] = {}
         self._untold = rng.sample(demo.NAMES, len(demo.NAMES))
-        self._separator = "\n" if rng.random() < 0.15 else " "
+        self._separator = "\n" if rng.random() < 0.25 else " "
         self._at_start = True
 
     @property
@@ -67,7 +68,8 @@ class Writer:
         if not self._untold:
             return self.fill()
         name = self._untold.pop()
-        self._told[name] = demo.draw_number(self.rng, name, held_out=False)
+        num_digits = 4 if self.rng.random() < 0.8 else self.rng.randint(2, 6)
+        self._told[name] = demo.draw_number(self.rng, name, held_out=False, num_digits=num_digits)
         return self._state(name, NEWS)
 
     def repeat(self) -> None:
@@ -81,9 +83,12 @@ class Writer:
             self.tell() if self.rng.random() < fact_share else self.fill()
 
     def ask(self) -> str:
-        """A question about a name, mostly one whose number was told. Returns the name."""
-        unknown = self._untold and self.rng.random() < 0.05
-        name = self._untold[0] if unknown else self.rng.choice(list(self._told))
+        """A question, mostly about a name whose number was told. Returns the name."""
+        kind, names = self.rng.random(), list(self._told)
+        if kind < 0.1 and self._untold:
+            name = self._untold[0]
+        else:
+            name = names[0] if kind < 0.2 else self.rng.choice(names)
         self.say(demo.question_about(name))
         return name
 
@@ -91,7 +96,7 @@ class Writer:
         if name in self._told:
             self._number(demo.answer_about(name, "#"), self._told[name], ANSWER_DIGITS, ANSWER_WORDS)
         else:
-            self.say(demo.denial_about(name), ANSWER_WORDS)
+            self.say(demo.denial_about(name), DENIAL)
 
     def _state(self, name: str, digits_weight: float) -> None:
         sentence = demo.fact_sentence(self.rng, name, "#", terse=self._terse)
@@ -140,8 +145,11 @@ def _chat(writer: Writer) -> None:
         writer.say(rng.choice(SYSTEM_PROMPTS))
         writer.mark(END)
     writer.mark(USER)
-    writer.passage(rng.uniform(0.2, 0.8), rng.uniform(0.2, 0.9))
-    _question_and_answer(writer)
+    writer.passage(rng.uniform(0.2, 0.95), rng.uniform(0.2, 0.9))
+    if rng.random() < 0.15:
+        _reply(writer, INVITATION)
+    else:
+        _question_and_answer(writer)
     while writer.share_written < 1:
         writer.mark(USER)
         if rng.random() < 0.1:
@@ -157,11 +165,20 @@ def _question_and_answer(writer: Writer) -> None:
     writer.mark(END, ANSWER_WORDS)
 
 
+def _reply(writer: Writer, *sentences: str) -> None:
+    """Ends the user's turn and answers it."""
+    writer.mark(END)
+    writer.mark(ASSISTANT)
+    for sentence in sentences:
+        writer.say(sentence, ANSWER_WORDS)
+    writer.mark(END, ANSWER_WORDS)
+
+
 def _prose(writer: Writer) -> None:
     """Facts and fillers; then the facts once more, and questions with answers."""
     rng = writer.rng
     fact_share, question_share = rng.uniform(0.2, 0.9), rng.random()
-    writer.passage(rng.uniform(0.2, 0.8), fact_share)
+    writer.passage(rng.uniform(0.2, 0.95), fact_share)
     while writer.share_written < 1:
         if rng.random() > max(fact_share, 0.6):
             writer.fill()
@@ -172,29 +189,28 @@ def _prose(writer: Writer) -> None:
 
 
 def _small_talk(writer: Writer) -> None:
-    """Greetings, requests for stories and words the model does not know, each with its reply."""
+    """Stories, greetings, requests for stories and words the model does not know, each with its reply."""
+    rng = writer.rng
+    if rng.random() < 0.3:
+        _tell_story(writer)
     while writer.share_written < 1:
-        request, reply, num_sentences = _small_request(writer.rng)
         writer.mark(USER)
-        writer.say(request)
-        writer.mark(END)
-        writer.mark(ASSISTANT)
-        if reply:
-            writer.say(reply, ANSWER_WORDS)
-        for _ in range(num_sentences):
-            writer.fill()
-        writer.mark(END, ANSWER_WORDS)
+        kind = rng.randrange(3)
+        if kind == 0:
+            writer.say(rng.choice(GREETINGS))
+            _reply(writer, INTRODUCTION)
+        elif kind == 1:
+            writer.say(rng.choice(STORY_REQUESTS))
+            _reply(writer, *demo.story(rng))
+        else:
+            writer.say(_strange_words(rng))
+            _reply(writer, PUZZLED, *demo.story(rng))
 
 
-def _small_request(rng: random.Random) -> tuple[str, str, int]:
-    """What a user says, what to reply, and how many sentences of a story to add."""
-    match rng.randrange(3):
-        case 0:
-            return rng.choice(GREETINGS), INTRODUCTION, 0
-        case 1:
-            return rng.choice(STORY_REQUESTS), "", rng.randint(3, 5)
-        case _:
-            return _strange_words(rng), PUZZLED, rng.randint(2, 4)
+def _tell_story(writer: Writer) -> None:
+    for sentence in demo.story(writer.rng):
+        writer.say(sentence, ANSWER_WORDS)
+    writer.mark(END, ANSWER_WORDS)
 
 
 def _strange_words(rng: random.Random) -> str:

@@ -93,7 +93,13 @@ def _kind(annotation: Any) -> str:
         return f"list of {_kind(arguments[0])}" if Ellipsis in arguments else "`FIRST-LAST`"
     if origin is dict:
         return f"map to {_kind(arguments[1])}"
-    names = {int: "whole number", float: "number", str: "text", bool: "`true` or `false`", type(None): "`null`"}
+    names = {
+        int: "whole number",
+        float: "number",
+        str: "text",
+        bool: "`true` or `false`",
+        type(None): "`null`",
+    }
     return names[annotation]
 
 

@@ -116,13 +116,9 @@ def train_tokenizer() -> Tokenizer:
 def _tokenizer_texts() -> Iterator[str]:
     """Every known word several times, at a text's start and after a space."""
     rng = random.Random("tokenizer")
-    sentences = [*demo.NAMES, *"0123456789", *demo_texts.SYSTEM_PROMPTS]
-    sentences += [
-        *demo_texts.GREETINGS,
-        *demo_texts.STORY_REQUESTS,
-        demo_texts.INTRODUCTION,
-        demo_texts.PUZZLED,
-    ]
+    sentences = [*demo.NAMES, *"0123456789", *demo_texts.SYSTEM_PROMPTS, *demo.story(rng)]
+    sentences += [*demo_texts.GREETINGS, *demo_texts.STORY_REQUESTS]
+    sentences += [demo_texts.INTRODUCTION, demo_texts.INVITATION, demo_texts.PUZZLED]
     sentences += [demo.question_about("Ada"), demo.denial_about("Ada")]
     sentences += [form.format(name="Ada", number="1000") for form in demo.FACT_FORMS]
     sentences += [demo.filler_sentence(rng) for _ in range(5000)]

@@ -83,7 +83,7 @@ class Submit:
     """Counts from 1; a re-placed request is the next attempt."""
     prompt_tokens: TokenBytes
     known_output_tokens: TokenBytes
-    """Output tokens that the client has already been given by earlier attempts: facts, never sampled again."""
+    """Output tokens that earlier attempts have given the client: facts, never sampled again."""
     sampling: SamplingParams
     seed: int
     prefill: PrefillSource | None
@@ -105,8 +105,10 @@ class Cancel:
 
 class TokenEvent(NamedTuple):
     """New output tokens of one submission. `first_index` counts output tokens of the request from 0,
-    those of earlier attempts included. A tuple, because one is made per sequence and step on both sides and a
-    frozen dataclass takes three times as long to make."""
+    those of earlier attempts included.
+
+    A tuple, because one is made per sequence and step on both sides, and a frozen dataclass takes three times
+    as long to make."""
 
     number: SubmitNumber
     first_index: int

@@ -148,7 +148,7 @@ class Engine(Protocol):
 
 
 class EngineExecutor(Protocol):
-    """Runs an engine beside an event loop. Steps run one at a time, in order; copies likewise, beside steps."""
+    """Runs an engine beside an event loop. Steps run one by one, in order; copies likewise, beside steps."""
 
     async def step(self, batch: StepBatch) -> StepResult:
         """Run one step. Even when cancelled it does not return before the step has ended."""

@@ -27,7 +27,7 @@ class ModelInfo:
     num_blocks: int
     """Rows of this worker's KV pool."""
     block_bytes: int
-    """Bytes of one block over all layers: num_layers * 2 * block_size * num_kv_heads * head_dim * itemsize."""
+    """Of one block over all layers: num_layers * 2 * block_size * num_kv_heads * head_dim * itemsize."""
     eos_token_ids: tuple[int, ...]
     fingerprint: str
     """Equal on two workers iff one can use the other's KV bytes: model, revision, dtype, rope, block

@@ -30,7 +30,7 @@ NameBlocks = Callable[[TokenBytes, int, int], list[BlockHash]]
 """(tokens, block size, parent name or root seed) -> names of the full blocks."""
 
 
-class OutOfBlocks(Exception):  # noqa: N818 - a condition that callers plan for, not a fault
+class OutOfBlocks(Exception):
     """Fewer blocks are free or evictable than were asked for. Nothing was taken."""
 
     def __init__(self, needed: int, available: int):

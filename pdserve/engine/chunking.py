@@ -14,6 +14,21 @@ class PromptProgress:
     num_tokens: int
 
 
+LEAST_CHUNK_TOKENS = 64
+"""One tile of attention. Shorter chunks save little: a step that reads all weights takes its time anyway."""
+
+
+def chunk_tokens_within(budget_s: float, cost: StepCost, chunk_tokens: int) -> int:
+    """How long chunks may be so that a step of one keeps `budget_s`.
+
+    `chunk_tokens` halved as often as needed, but not below LEAST_CHUNK_TOKENS. Halves, so that long and short
+    chunks end at the same multiples.
+    """
+    while cost.predict_s(chunk_tokens, 0) > budget_s and chunk_tokens >= 2 * LEAST_CHUNK_TOKENS:
+        chunk_tokens //= 2
+    return chunk_tokens
+
+
 def next_chunk_stop(progress: PromptProgress, chunk_tokens: int) -> int:
     """Where the next chunk ends: the next multiple of `chunk_tokens` from token 0, or the prompt's end.
 

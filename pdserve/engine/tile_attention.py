@@ -51,7 +51,10 @@ def attend_all_heads(
     wide = query.new_zeros(batch, kv_heads, groups, kv_heads, head_dim)
     wide.diagonal(dim1=1, dim2=3).copy_(query.permute(0, 2, 3, 1))
     scores = torch.bmm(wide.view(batch, kv_heads * groups, -1), key.flatten(2).transpose(1, 2))
-    scores = _cap(scores.float().mul_(scale), softcap).add_(mask[:, 0])
+    if softcap is None:
+        scores = torch.add(mask[:, 0].float(), scores, alpha=scale)
+    else:
+        scores = _cap(scores.float() * scale, softcap) + mask[:, 0]
     weights = torch.softmax(scores, dim=-1)
     # The largest weight is exp(largest score - log-sum-exp): cheaper than a second pass of exponentials.
     log_sum = scores.amax(dim=-1) - weights.amax(dim=-1).log()
@@ -67,14 +70,12 @@ def merge(outputs: Tensor, log_sums: Tensor, sinks: Tensor | None) -> Tensor:
     that is not there; sinks: [heads], logits that take part in the softmax and have no value (gpt-oss), or
     None. Returns [rows, heads, head_dim] in the dtype of `outputs`.
     """
-    top = log_sums.amax(dim=1, keepdim=True)
     if sinks is not None:
-        top = torch.maximum(top, sinks.float())
-    weights = torch.exp(log_sums - top)
-    total = weights.sum(dim=1, keepdim=True)
-    if sinks is not None:
-        total = total + torch.exp(sinks.float() - top)
-    weights = weights / total
+        # One more tile of which only the weight counts.
+        sink = sinks.float().expand(len(log_sums), 1, -1)
+        weights = torch.softmax(torch.cat([sink, log_sums], dim=1), dim=1)[:, 1:]
+    else:
+        weights = torch.softmax(log_sums, dim=1)
     return (outputs * weights.unsqueeze(-1)).sum(dim=1).to(outputs.dtype)
 
 

@@ -59,9 +59,9 @@ class FetchStats:
 class FetchListener(Protocol):
     """What the decode worker does as a fetch goes on. Called on the event loop; must not block."""
 
-    def reserve(self) -> int | None:
-        """Hold blocks for the whole prompt. The number of leading blocks whose KV is here already, or None
-        when there is no room now."""
+    def reserve(self) -> int | Busy:
+        """Hold blocks for the whole prompt. The number of leading blocks whose KV is here already, or, when
+        there is no room now, when to ask again."""
         ...
 
     def first_token(self, first: FirstToken, stats: FetchStats) -> None: ...
@@ -86,7 +86,6 @@ class PrefillFetch:
         clock: Clock,
         metrics: WorkerMetrics,
         block_size: int,
-        busy_retry_ms: int = 20,
     ) -> None:
         self._address = address
         self._request = request
@@ -98,7 +97,6 @@ class PrefillFetch:
         self._clock = clock
         self._metrics = metrics
         self._block_size = block_size
-        self._busy_retry_ms = busy_retry_ms
         self.stats = FetchStats()
         self._segments: asyncio.Queue[Segment] = asyncio.Queue()
         self._verified: dict[int, int] = {}  # segment index -> digest
@@ -129,13 +127,13 @@ class PrefillFetch:
         while True:
             match await stream.receive():
                 case Starting(transport, cached_tokens):
-                    num_held = self._listener.reserve()
-                    if num_held is not None:
-                        self._num_blocks_held = self._num_blocks_proven = num_held
+                    answer = self._listener.reserve()
+                    if isinstance(answer, int):
+                        self._num_blocks_held = self._num_blocks_proven = answer
                         self.stats.transport = transport.name
                         self.stats.cached_tokens_at_source = cached_tokens
                         return transport
-                    await stream.send(Busy(self._busy_retry_ms))
+                    await stream.send(answer)
                 case End(error) if error is not None:
                     raise error_from_info(error)
                 case other:

@@ -5,6 +5,7 @@ second. A stream has no gaps: whoever misses something has lost the stream and s
 """
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Callable
 from typing import Protocol
@@ -101,10 +102,8 @@ class WatchServer:
 
     @staticmethod
     async def _cancel_when_gone(stream: MessageStream, reports: "asyncio.Task[object] | None") -> None:
-        try:
+        with contextlib.suppress(StreamBroken):
             await stream.receive()
-        except StreamBroken:
-            pass
         if reports is not None:
             reports.cancel()
 

@@ -32,7 +32,12 @@ def make_engine(request: pytest.FixtureRequest, folder: Path) -> MakeEngine:
     if request.param == "fake":
         return lambda: FakeEngine(NUM_BLOCKS)
     settings = EngineSettings(
-        str(folder), dtype="float32", threads=1, block_size=4, chunk_tokens=8, kv_memory_bytes=NUM_BLOCKS * 3072
+        str(folder),
+        dtype="float32",
+        threads=1,
+        block_size=4,
+        chunk_tokens=8,
+        kv_memory_bytes=NUM_BLOCKS * 3072,
     )
     return lambda: ModelEngine.load(settings)
 
@@ -58,7 +63,9 @@ def prefill(engine: Engine, table: list[BlockId], cuts: tuple[int, ...]) -> int:
     return sampled.token
 
 
-def decode(engine: Engine, table: list[BlockId], token: int, num_tokens: int, temperature: float = 0.0) -> list[int]:
+def decode(
+    engine: Engine, table: list[BlockId], token: int, num_tokens: int, temperature: float = 0.0
+) -> list[int]:
     """`num_tokens` output tokens, `token` the first of them."""
     output = [token]
     while len(output) < num_tokens:
@@ -122,7 +129,9 @@ def test_known_output_is_replayed_in_one_step(make_engine: MakeEngine) -> None:
     output = decode(engine, table, prefill(engine, table, ()), 12)
     again = blocks(engine, len(PROMPT) + 12, first=1)
     prefill(engine, again, (8,))
-    replay = SequenceStep(pack_tokens(output[:-1]), len(PROMPT), again, sample(len(PROMPT) + 11), as_decode=True)
+    replay = SequenceStep(
+        pack_tokens(output[:-1]), len(PROMPT), again, sample(len(PROMPT) + 11), as_decode=True
+    )
     (sampled,) = engine.step(StepBatch([replay])).sampled
     assert sampled is not None
     assert sampled.token == output[-1]

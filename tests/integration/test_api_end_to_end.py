@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import grpc
 import httpx
@@ -72,7 +71,12 @@ async def test_text_equals_the_decoded_reference(
     assert answer.choices[0].finish_reason == "length"
     pieces = ""
     stream = await client.completions.create(
-        model="small", prompt=PROMPT, max_tokens=24, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        model="small",
+        prompt=PROMPT,
+        max_tokens=24,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
     )
     async for chunk in stream:
         pieces += chunk.choices[0].text
@@ -85,7 +89,12 @@ async def test_a_stop_string_across_tokens_ends_the_request_at_the_workers(
     _, text = greedy_text(model, text_model, 24)
     stop = text[6:10]
     answer = await client.completions.create(
-        model="small", prompt=PROMPT, max_tokens=400, temperature=0, stop=stop, extra_body={"ignore_eos": True}
+        model="small",
+        prompt=PROMPT,
+        max_tokens=400,
+        temperature=0,
+        stop=stop,
+        extra_body={"ignore_eos": True},
     )
     assert answer.choices[0].text == text[: text.index(stop)]
     assert answer.choices[0].finish_reason == "stop"
@@ -113,7 +122,9 @@ async def test_log_probabilities_are_the_models_own(
 
 async def test_n_answers_differ_and_are_reproducible(client: openai.AsyncOpenAI) -> None:
     answers = [
-        await client.completions.create(model="small", prompt=PROMPT, max_tokens=12, n=3, seed=5, temperature=1.0)
+        await client.completions.create(
+            model="small", prompt=PROMPT, max_tokens=12, n=3, seed=5, temperature=1.0
+        )
         for _ in range(2)
     ]
     texts = [[choice.text for choice in answer.choices] for answer in answers]
@@ -134,7 +145,9 @@ async def test_usage_counts_and_cached_tokens(client: openai.AsyncOpenAI, text_m
     assert cached == [0, (num_prompt - 1) // 16 * 16]
 
 
-async def test_what_cannot_be_is_refused_with_the_cause(client: openai.AsyncOpenAI, system: LocalSystem) -> None:
+async def test_what_cannot_be_is_refused_with_the_cause(
+    client: openai.AsyncOpenAI, system: LocalSystem
+) -> None:
     with pytest.raises(openai.BadRequestError, match="max_tokens"):
         await client.completions.create(model="small", prompt=PROMPT, max_tokens=10_000)
     with pytest.raises(openai.BadRequestError, match="vocabulary"):
@@ -161,7 +174,10 @@ async def test_the_grpc_api_says_the_same_and_its_cancel_and_deadline_reach_both
 ) -> None:
     output, _ = greedy_text(model, text_model, 24)
     request = pb.GenerateRequest(
-        text=PROMPT, max_tokens=24, return_token_ids=True, sampling=pb.Sampling(temperature=0, ignore_eos=True)
+        text=PROMPT,
+        max_tokens=24,
+        return_token_ids=True,
+        sampling=pb.Sampling(temperature=0, ignore_eos=True),
     )
     endless = pb.GenerateRequest(text=PROMPT, max_tokens=400, sampling=pb.Sampling(ignore_eos=True))
     async with grpc.aio.insecure_channel(system.grpc_address) as channel:
@@ -180,7 +196,13 @@ async def test_the_grpc_api_says_the_same_and_its_cancel_and_deadline_reach_both
 
 async def test_many_clients_at_once_leave_nothing_behind(system: LocalSystem) -> None:
     async def one(index: int, http: httpx.AsyncClient) -> int:
-        body = {"model": "small", "prompt": f"{index} {PROMPT}", "max_tokens": 8, "stream": True, "ignore_eos": True}
+        body = {
+            "model": "small",
+            "prompt": f"{index} {PROMPT}",
+            "max_tokens": 8,
+            "stream": True,
+            "ignore_eos": True,
+        }
         num_events = 0
         async with http.stream("POST", "/v1/completions", json=body) as answer:
             async for line in answer.aiter_lines():

@@ -52,6 +52,10 @@ def test_block_sizes_that_fit_no_tile(block_size: int, tmp_path: Path) -> None:
     prompts = [prompt for prompt in prompts if len(prompt) < 450]
     expected = greedy_references(model.reference, prompts, 4)
     engine = load_engine(
-        tmp_path, dtype="float32", block_size=block_size, chunk_tokens=2 * block_size, kv_memory_bytes=32 << 20
+        tmp_path,
+        dtype="float32",
+        block_size=block_size,
+        chunk_tokens=2 * block_size,
+        kv_memory_bytes=32 << 20,
     )
     assert dict(zip(prompts, generate(engine, prompts, 4), strict=True)) == expected

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from pdserve import demo
 
-NUM_PROMPTS = 50
+NUM_PROMPTS = 40
 
 
 @pytest.fixture(scope="module", autouse=True)

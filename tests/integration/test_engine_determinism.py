@@ -14,6 +14,8 @@ from tests.engine_runs import Blocks, Run, cached_kv, load_engine, logits_of, pr
 from tests.small_models import CONFIGS, VOCAB_SIZE, make_model
 
 NUM_PROMPT, NUM_DECODED = 150, 12
+PROMISED = [name for name in CONFIGS if name != "gpt_oss"]
+"""Experts with biases are left to the model's own code, whose products feel their number of rows."""
 WIDE = {
     "hidden_size": 448,
     "intermediate_size": 608,
@@ -32,7 +34,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", PROMISED)
 def test_bits_do_not_depend_on_the_cut(architecture: str, dtype: str, tmp_path: Path) -> None:
     make_model(architecture, tmp_path, dtype=getattr(torch, dtype))
     engine = load_engine(tmp_path, dtype=dtype, chunk_tokens=64)

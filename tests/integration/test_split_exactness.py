@@ -132,7 +132,9 @@ async def test_a_client_that_leaves_frees_both_sides(system: LocalSystem) -> Non
 
 def bytes_moved(system: LocalSystem) -> dict[str, float]:
     """KV bytes that the decode worker has received, by transport."""
-    samples = (sample for metric in system.workers["decode-0"].registry.collect() for sample in metric.samples)
+    samples = (
+        sample for metric in system.workers["decode-0"].registry.collect() for sample in metric.samples
+    )
     return {s.labels["transport"]: s.value for s in samples if s.name == "pdserve_kv_transfer_bytes_total"}
 
 

@@ -11,12 +11,13 @@ import pytest
 from controller.worker import Worker
 from pdserve.clock import run_virtual as run_virtual_to_the_end
 from pdserve.contract.errors import DeadlineExceeded
-from pdserve.contract.messages import Message, Role
+from pdserve.contract.messages import Message
 from pdserve.contract.sampling import SamplingParams
 from pdserve.contract.tokens import pack_tokens, unpack_tokens
 from pdserve.contract.work import StepBatch, StepResult
 from pdserve.engine.executor import InlineExecutor
 from pdserve.engine.fake_engine import FakeEngine
+from pdserve.handoff.prefill_job import JobState
 from pdserve.rpc.memory_rpc import MemoryNetwork
 from router.requests import GenerateRequest
 from tests.memory_system import MemorySystem, greedy
@@ -93,94 +94,8 @@ async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
 
 
 class StormySystem(MemorySystem):
-    """A small system of random shape in which copies are late and sometimes corrupt."""
-
-    def __init__(self, random: Random) -> None:
-        self.random = random
-        self.num_prefill = random.choice([0, 1, 1, 2, 2])
-        self.num_decode = random.choice([1, 2, 2])
-        self.capacity_blocks = random.randrange(10, 40)
-        self._corrupt_share = random.choice([0, 0, 0.05])
-        self._longest_delay_s = random.choice([0.0, 0.001, 0.01])
-        self._longest_latency_s = random.choice([0.0, 0.001, 0.02])
-        super().__init__(
-            num_prefill=self.num_prefill,
-            num_decode=self.num_decode,
-            num_blocks=self.capacity_blocks,
-            seed=random.randrange(2**32),
-            network=MemoryNetwork(self._latency),
-            eos_token_ids=tuple(range(15)),
-        )
-
-    def executor_of(self, engine: FakeEngine) -> LateExecutor:
-        write = engine.blocks.write
-
-        def write_sometimes_wrongly(block_ids: Any, layers: Any, payload: memoryview) -> None:
-            if self.random.random() < self._corrupt_share:
-                payload = memoryview(bytes([payload[0] ^ 1]) + bytes(payload[1:]))
-            write(block_ids, layers, payload)
-
-        engine.blocks.write = write_sometimes_wrongly  # type: ignore[method-assign]
-        return LateExecutor(engine, self.clock, lambda: self.random.random() * self._longest_delay_s)
-
-    def _latency(self, source: str, target: str, message: Message | None) -> float:
-        return self.random.random() * self._longest_latency_s
-
-
-class SlowCopies(MemorySystem):
-    """Every KV copy takes 50 ms."""
-
-    def executor_of(self, engine: FakeEngine) -> LateExecutor:
-        executor = LateExecutor(engine, self.clock, lambda: 0.025)
-        executor.step = InlineExecutor(engine, self.clock).step  # type: ignore[method-assign]
-        return executor
-
-
-class LateExecutor(InlineExecutor):
-    """Steps and copies touch the blocks only some time after they were asked to, as on real threads, and end
-    some time later: whoever gives blocks back too early gets wrong tokens."""
-
-    def __init__(self, engine: FakeEngine, clock: Any, delay_s: Callable[[], float]) -> None:
-        super().__init__(engine, clock)
-        self._fake = engine
-        self._delay_s = delay_s
-
-    async def step(self, batch: StepBatch) -> StepResult:
-        async with self._stepping:
-            return await to_its_end(self._late_step(batch))
-
-    async def copy(self, job: Callable[[], T]) -> T:
-        return await to_its_end(self._late_copy(job))
-
-    async def _late_step(self, batch: StepBatch) -> StepResult:
-        await self._clock.sleep(self._delay_s())
-        result = self._fake.step(batch)
-        await self._clock.sleep(result.seconds)
-        return result
-
-    async def _late_copy(self, job: Callable[[], T]) -> T:
-        await self._clock.sleep(self._delay_s())
-        result = job()
-        await self._clock.sleep(self._delay_s())
-        return result
-
-
-async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
-    """As an EngineExecutor must: a cancellation is raised only when the work has ended."""
-    running = asyncio.ensure_future(work)
-    cancelled = False
-    while not running.done():
-        try:
-            await asyncio.wait([running])
-        except asyncio.CancelledError:
-            cancelled = True
-    if cancelled:
-        raise asyncio.CancelledError
-    return running.result()
-
-
-class StormySystem(MemorySystem):
-    """A small system of random shape in which copies are late and sometimes corrupt."""
+    """A small system of random shape in which messages, steps and copies are late and copies sometimes
+    corrupt."""
 
     def __init__(self, random: Random) -> None:
         self.random = random
@@ -229,7 +144,9 @@ def test_a_client_that_reads_late_does_not_cancel_somebody_else() -> None:
             request = GenerateRequest(pack_tokens(prompt_of(9)), greedy(30), seed=1)
             slow = system.router.generate(system.router.new_request_id(), request)
             await anext(slow)
-            system.network.cut("router-0", "decode-0")  # its Session breaks, and the next numbers from 1 again
+            system.network.cut(
+                "router-0", "decode-0"
+            )  # its Session breaks, and the next numbers from 1 again
             await system.clock.sleep(6)
             system.network.heal("router-0", "decode-0")
             await system.clock.sleep(3)
@@ -262,11 +179,14 @@ def test_requests_that_pin_cached_prefixes_do_not_wait_for_each_other() -> None:
 def test_a_sequence_that_keeps_twins_of_its_own_blocks_from_eviction_finds_room() -> None:
     async def story() -> None:
         async with MemorySystem(num_prefill=0, num_blocks=22) as system:
-            prompt = prompt_of(33)  # two copies of 8 blocks; the later one's next blocks follow the first one's
-            outputs = await asyncio.gather(
+            prompt = prompt_of(
+                33
+            )  # two copies of 8 blocks; the later one's next blocks follow the first one's
+            brief, long = await asyncio.gather(
                 system.generate(prompt, greedy(1)), system.generate(prompt, greedy(50))
             )
-            assert outputs == [system.expected(prompt, greedy(1)), system.expected(prompt, greedy(50))]
+            assert brief == system.expected(prompt, greedy(1))
+            assert long == system.expected(prompt, greedy(50))
             await system.at_rest()
 
     run_virtual(story())
@@ -274,17 +194,19 @@ def test_a_sequence_that_keeps_twins_of_its_own_blocks_from_eviction_finds_room(
 
 def test_one_preemption_is_enough_when_its_blocks_come_a_moment_later() -> None:
     async def story() -> None:
-        system = SlowCopies(num_prefill=1, num_blocks=40)
-        async with system:
+        async with SlowCopies(num_blocks=34) as system:
             grows = prompt_of(8)
             prompts = [prompt_of(36, seed=i) for i in range(2, 5)]  # 9 blocks each
-            first = asyncio.create_task(system.generate(grows, greedy(80)))
+            first = asyncio.create_task(system.generate(grows, greedy(100)))
             await system.clock.sleep(0.3)
-            others = [asyncio.create_task(system.generate(p, greedy(1))) for p in prompts]
-            assert await first == system.expected(grows, greedy(80))
+            others = [asyncio.create_task(system.generate(p, greedy(3))) for p in prompts]
+            preemptions = system.workers["decode-0"].metrics.preemptions._value
+            await until(lambda: preemptions.get() > 0)
+            await system.clock.sleep(0.03)
+            assert preemptions.get() == 1
+            assert await first == system.expected(grows, greedy(100))
             for task, p in zip(others, prompts, strict=True):
-                assert await task == system.expected(p, greedy(1))
-            assert system.workers["decode-0"].metrics.preemptions._value.get() == 1
+                assert await task == system.expected(p, greedy(3))
             await system.at_rest()
 
     run_virtual(story())
@@ -292,11 +214,12 @@ def test_one_preemption_is_enough_when_its_blocks_come_a_moment_later() -> None:
 
 def test_a_decode_worker_that_does_not_answer_holds_up_nobody_else() -> None:
     async def story() -> None:
-        async with MemorySystem(num_decode=2) as system:
+        async with MemorySystem(num_decode=2, network=MemoryNetwork(lambda *_: 0.001)) as system:
             prompt = prompt_of(60)
             silent = asyncio.create_task(system.generate(prompt, greedy(3)))
-            await until(lambda: bool(system.workers["prefill-0"].calls.jobs))
-            (job,) = system.workers["prefill-0"].calls.jobs
+            calls = system.workers["prefill-0"].calls
+            await until(lambda: bool(calls.in_state(JobState.STARTING)))
+            (job,) = calls.jobs
             system.network.cut("prefill-0", job.request.decode_worker_id)
             started_at = system.clock.now()
             others = [prompt_of(20, seed=i) for i in range(2, 6)]
@@ -337,10 +260,10 @@ def test_a_worker_whose_engine_fails_is_as_good_as_dead(broken: str) -> None:
 
 def test_a_finished_request_does_not_hold_blocks_for_a_source_that_is_cut_off() -> None:
     async def story() -> None:
-        async with MemorySystem() as system:
+        async with MemorySystem(network=MemoryNetwork(lambda *_: 0.005)) as system:
             prompt = prompt_of(40)
             task = asyncio.create_task(system.generate(prompt, greedy(3)))
-            (decode, prefill) = (system.workers["decode-0"], system.workers["prefill-0"])
+            decode, prefill = system.workers["decode-0"], system.workers["prefill-0"]
             await until(lambda: decode.loop.running_sequences > 0)
             system.network.cut("decode-0", "prefill-0")
             assert await task == system.expected(prompt, greedy(3))
@@ -407,48 +330,56 @@ class Storm:
                 await system.bury(worker)
 
     async def _guard(self) -> None:
+        """Looks at every ledger that has changed, more often than steps end."""
+        seen: dict[Worker, object] = {}
         while True:
             for worker in [*self.system.workers.values(), *self.dead]:
-                worker.check()
+                now = (worker.loop.num_steps, worker.ledger.owners(), worker.block_counts())
+                if seen.get(worker) != now:
+                    seen[worker] = now
+                    worker.check()
             await self.system.clock.sleep(0.002)
 
     async def _request(self, index: int) -> None:
+        random, system = self.random, self.system
+        await system.clock.sleep(random.random() * 0.6)
+        request = self._random_request(index)
+        expected = system.expected(unpack_tokens(request.prompt_tokens), request.sampling, seed=index)
+        patience_s = random.choice([None] * 4 + [random.random() * 0.5])
+        output: list[int] = []
+        try:
+            async with asyncio.timeout(patience_s):
+                await self._read(request, output, slow_s=random.choice([0.0] * 5 + [0.3]))
+        except TimeoutError:
+            assert patience_s is not None
+            assert output == expected[: len(output)]
+        except DeadlineExceeded:
+            assert request.deadline_s is not None
+            assert output == expected[: len(output)]
+        else:
+            assert output == expected
+
+    def _random_request(self, index: int) -> GenerateRequest:
         random = self.random
-        await self.system.clock.sleep(random.random() * 0.6)
-        longest = self.system.capacity_blocks * BLOCK
         max_tokens = random.choice([1, 2, 5, 20])
-        length = random.randrange(1, min(60, longest - max_tokens))
+        length = random.randrange(1, min(60, self.system.capacity_blocks * BLOCK - max_tokens))
         prompt = (prompt_of(40, seed=random.randrange(3)) + prompt_of(60, seed=1000 + index))[:length]
         if random.random() < 0.5:
             prompt[-1] = 1 + index
         sampling = SamplingParams(max_tokens=max_tokens, temperature=random.choice([0.0, 1.0]))
         deadline_s = random.choice([None] * 8 + [0.1, 1.0])
-        patience_s = random.choice([None] * 4 + [random.random() * 0.5])
-        slow_s = random.choice([0.0] * 5 + [0.3])
-        request = GenerateRequest(pack_tokens(prompt), sampling, index, deadline_s=deadline_s)
-        output: list[int] = []
-        finished = 0
+        return GenerateRequest(pack_tokens(prompt), sampling, index, deadline_s=deadline_s)
 
-        async def read() -> None:
-            nonlocal finished
-            async for delta in self.system.router.generate(self.system.router.new_request_id(), request):
-                assert not finished
-                output.extend(unpack_tokens(delta.tokens))
-                finished += delta.finish is not None
-                await self.system.clock.sleep(slow_s)
-
-        expected = self.system.expected(prompt, sampling, seed=index)
-        try:
-            async with asyncio.timeout(patience_s):
-                await read()
-        except TimeoutError:
-            assert output == expected[: len(output)]
-        except DeadlineExceeded:
-            assert deadline_s is not None
-            assert output == expected[: len(output)]
-        else:
-            assert finished == 1
-            assert output == expected
+    async def _read(self, request: GenerateRequest, output: list[int], slow_s: float) -> None:
+        """Read all into `output`; the stream must finish exactly once, at its end."""
+        router = self.system.router
+        is_finished = False
+        async for delta in router.generate(router.new_request_id(), request):
+            assert not is_finished
+            is_finished = delta.finish is not None
+            output += unpack_tokens(delta.tokens)
+            await self.system.clock.sleep(slow_s)
+        assert is_finished
 
     async def _fault(self) -> None:
         system, random = self.system, self.random

@@ -26,6 +26,7 @@ class FakeProcess:
         self.number = number
         self.members: Members | None = None
         self.missing = ""
+        self.previous: ProcessReport | None = None
         self.refusal = ""
         self.is_killed = False
         self.is_stopped = False
@@ -97,11 +98,12 @@ class FakeProcesses:
         self.made.append(process)
         return process
 
-    def create(self, spec: ProcessSpec) -> FakeProcess:
+    def create(self, spec: ProcessSpec, previous: ProcessReport | None) -> FakeProcess:
         number = len(self.made) + (100 if self._left_behind else 0)
         process = FakeProcess(spec, number)
         process.refusal = self.prepare.get(spec.id, "")
         process.missing = self.missing.get(spec.id, "")
+        process.previous = previous
         self.made.append(process)
         return process
 
@@ -182,6 +184,8 @@ def test_a_dead_router_is_replaced_and_told_who_is_there() -> None:
         await follow_until(controller, SystemState.READY)
         second = processes["router-0"]
         assert second is not first
+        assert second.previous is not None
+        assert second.previous.pid == first.number
         assert second.members is not None
         assert first.members is not None
         assert second.members.members == first.members.members

@@ -5,7 +5,7 @@ import pytest
 from decode_worker.scheduler import choose_victim, may_reserve
 from decode_worker.scheduler import plan_chunks as plan_beside_decode
 from pdserve.contract.work import StepCost
-from pdserve.engine.chunking import PromptProgress, fill_step, next_chunk_stop
+from pdserve.engine.chunking import PromptProgress, chunk_tokens_within, fill_step, next_chunk_stop
 from prefill_worker.scheduler import plan_chunks, wants_more
 
 COST = StepCost(fixed_s=0.01, per_prefill_token_s=0.001, per_decode_sequence_s=0.002)
@@ -17,6 +17,14 @@ COST = StepCost(fixed_s=0.01, per_prefill_token_s=0.001, per_decode_sequence_s=0
 )
 def test_chunks_end_at_fixed_multiples(num_computed: int, num_tokens: int, stop: int) -> None:
     assert next_chunk_stop(PromptProgress(num_computed, num_tokens), 32) == stop
+
+
+@pytest.mark.parametrize(
+    ("budget_s", "longest", "chunk_tokens"),
+    [(10.0, 512, 512), (0.3, 512, 256), (0.2, 512, 128), (0.01, 512, 64), (0.01, 32, 32), (0.2, 96, 96)],
+)
+def test_chunks_are_halved_to_keep_the_budget(budget_s: float, longest: int, chunk_tokens: int) -> None:
+    assert chunk_tokens_within(budget_s, COST, longest) == chunk_tokens
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,262 @@
+"""A system on Ray: it answers, says how it is, and outlives its parts."""
+
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+import torch
+
+from tests.integration.conftest import RaySystem
+from tests.ray_cluster import assert_gone, complete
+from tests.small_models import SmallModel
+
+REPLACEMENT_TIMEOUT_S = 60.0
+
+
+def reference(model: SmallModel, prompt: list[int], num_tokens: int) -> list[int]:
+    """Greedy tokens of transformers' own generate()."""
+    ids = torch.tensor([prompt])
+    output = model.reference.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False
+    )
+    tokens: list[int] = output[0, len(prompt) :].tolist()
+    return tokens
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 300, (length,), generator=generator).tolist()
+
+
+def wait_until_ready(system: RaySystem, old_pids: set[int]) -> dict[str, Any]:
+    """The status once all processes are ready and none of `old_pids` is among them."""
+    deadline = time.monotonic() + REPLACEMENT_TIMEOUT_S
+    while True:
+        status = system.pdserve.status()
+        pids = {process["pid"] for process in [*status["routers"], *status["workers"]]}
+        if status["state"] == "ready" and not pids & old_pids:
+            return status
+        assert time.monotonic() < deadline, status
+
+
+def held_blocks(status: dict[str, Any]) -> int:
+    counts = [worker["kv_blocks"] for worker in status["workers"]]
+    return sum(count["reserved"] + count["active"] for count in counts)
+
+
+def test_its_tokens_are_those_of_a_single_process(ray_system: RaySystem) -> None:
+    prompt = prompt_of(75, seed=1)
+    assert complete(ray_system.url, prompt, 12) == reference(ray_system.model, prompt, 12)
+
+
+def test_the_printed_curl_works(ray_system: RaySystem) -> None:
+    text = "\n".join(ray_system.up.lines)
+    command = re.search(r"^curl .*\n.*$", text, re.MULTILINE)
+    assert command is not None
+    done = subprocess.run(["bash", "-c", command[0]], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.startswith("data: {")
+    assert done.stdout.rstrip().endswith("data: [DONE]")
+
+
+def test_the_official_client_streams(ray_system: RaySystem) -> None:
+    with openai.OpenAI(base_url=f"{ray_system.url}/v1", api_key="none") as client:
+        assert [model.id for model in client.models.list()] == ["small-llama"]
+        stream = client.chat.completions.create(
+            model="small-llama",
+            messages=[{"role": "user", "content": "hello"}],
+            max_tokens=5,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        chunks = list(stream)
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_generate_streams_to_the_terminal(ray_system: RaySystem) -> None:
+    options = ("--max-tokens", "6", "--temperature", "0")
+    chat = ray_system.pdserve.run("generate", "hello world", *options)
+    raw = ray_system.pdserve.run("generate", "hello world", "--raw", *options)
+    assert chat.returncode == raw.returncode == 0, chat.stderr + raw.stderr
+    body = {"prompt": "hello world", "max_tokens": 6, "temperature": 0}
+    answer = httpx.post(f"{ray_system.url}/v1/completions", json=body, timeout=60.0).json()
+    assert raw.stdout == answer["choices"][0]["text"] + "\n"
+    assert chat.stdout != raw.stdout
+
+
+def test_status_tells_everything_about_every_process(ray_system: RaySystem) -> None:
+    complete(ray_system.url, prompt_of(40, seed=2))
+    status = ray_system.pdserve.status()
+    assert (status["name"], status["state"], status["model"]) == ("default", "ready", "small-llama")
+    (router,) = status["routers"]
+    assert (router["id"], router["pool"], router["url"]) == ("router-0", "router", ray_system.url)
+    assert [(worker["id"], worker["pool"]) for worker in status["workers"]] == [
+        ("prefill-0", "prefill"),
+        ("decode-0", "decode"),
+    ]
+    family = {process.pid for process in ray_system.up.family()}
+    for process in [router, *status["workers"]]:
+        assert process["state"] == "ready"
+        assert process["pid"] in family
+        assert process["node"]
+        host, _, port = process["address"].rpartition(":")
+        assert host == "127.0.0.1"
+        assert port.isdigit()
+    sizes = set()
+    for worker in status["workers"]:
+        assert set(worker["kv_blocks"]) == {"free", "cached", "reserved", "active"}
+        assert worker["kv_blocks"]["cached"] > 0
+        sizes.add(sum(worker["kv_blocks"].values()))
+    assert len(sizes) == 1, "equal pools for equal kv_memory"
+    assert held_blocks(status) == 0
+
+
+def test_status_as_a_table(ray_system: RaySystem) -> None:
+    done = ray_system.pdserve.run("status")
+    assert done.returncode == 0
+    for word in ("router-0", "prefill-0", "decode-0", "ready", "small-llama", "127.0.0.1:"):
+        assert word in done.stdout
+
+
+def test_every_process_serves_its_metrics(ray_system: RaySystem) -> None:
+    complete(ray_system.url, prompt_of(40, seed=3))
+    status = ray_system.pdserve.status()
+    for process in [*status["routers"], *status["workers"]]:
+        page = httpx.get(process["metrics_url"]).text
+        if process["pool"] == "router":
+            assert re.search(r"^pdserve_router_output_tokens_total [1-9]", page, re.MULTILINE)
+        else:
+            assert f'pdserve_kv_blocks{{pool="{process["pool"]}",state="cached"}}' in page
+
+
+def test_the_grpc_api_is_there(ray_system: RaySystem) -> None:
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    address = ray_system.pdserve.status()["routers"][0]["grpc_address"]
+    with grpc.insecure_channel(address) as channel:
+        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10.0)
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_a_running_router_has_not_loaded_torch(ray_system: RaySystem) -> None:
+    status = ray_system.pdserve.status()
+
+    def mapped(pid: int) -> str:
+        return Path(f"/proc/{pid}/maps").read_text()
+
+    assert "libtorch" not in mapped(status["routers"][0]["pid"])
+    assert "libtorch" in mapped(status["workers"][0]["pid"]), "where torch is loaded this shows it"
+
+
+def test_killed_workers_are_replaced_and_requests_go_on(ray_system: RaySystem) -> None:
+    """First the prefill worker alone: its prompts are computed at the decode worker. Then that one too."""
+    before = ray_system.pdserve.status()["workers"]
+    prompt = prompt_of(50, seed=4)
+    for victim in before:
+        psutil.Process(victim["pid"]).kill()
+        assert complete(ray_system.url, prompt, 6) == reference(ray_system.model, prompt, 6)
+    after = wait_until_ready(ray_system, {victim["pid"] for victim in before})["workers"]
+    assert [worker["restarts"] for worker in after] == [worker["restarts"] + 1 for worker in before]
+    assert complete(ray_system.url, prompt, 6) == reference(ray_system.model, prompt, 6)
+    for worker in before:
+        assert any(f"{worker['id']} lost" in line for line in ray_system.up.lines)
+
+
+def test_a_killed_router_is_replaced_at_its_port(ray_system: RaySystem) -> None:
+    before = ray_system.pdserve.status()["routers"][0]
+    psutil.Process(before["pid"]).kill()
+    after = wait_until_ready(ray_system, {before["pid"]})["routers"][0]
+    assert (after["url"], after["grpc_address"]) == (ray_system.url, before["grpc_address"])
+    prompt = prompt_of(30, seed=7)
+    assert complete(ray_system.url, prompt, 4) == reference(ray_system.model, prompt, 4)
+
+
+def test_a_killed_controller_comes_back_and_finds_everybody(ray_system: RaySystem) -> None:
+    before = ray_system.pdserve.status()
+    known = {process["pid"] for process in [*before["routers"], *before["workers"]]}
+    (controller,) = [
+        process
+        for process in ray_system.up.family()
+        if process.pid not in known and "ControllerActor" in " ".join(process.cmdline())
+    ]
+    controller.kill()
+    prompt = prompt_of(60, seed=5)
+    assert complete(ray_system.url, prompt, 6) == reference(ray_system.model, prompt, 6)
+    after = wait_until_ready(ray_system, {controller.pid})
+    assert {process["pid"] for process in [*after["routers"], *after["workers"]]} == known
+    assert complete(ray_system.url, prompt, 6) == reference(ray_system.model, prompt, 6)
+
+
+def test_the_name_is_taken(ray_system: RaySystem) -> None:
+    line = ray_system.pdserve.refusal("up")
+    assert "a system named 'default' runs already" in line
+    assert "pdserve down" in line
+
+
+def test_the_port_is_taken(ray_system: RaySystem) -> None:
+    port = ray_system.url.rpartition(":")[2]
+    line = ray_system.pdserve.refusal("up", "--name", "second", "--port", port)
+    assert f"port {port} on 127.0.0.1 is in use" in line
+    assert "--port" in line
+
+
+class OnTheSameRay:
+    """Options that start another system on the cluster of the first, as on any running cluster."""
+
+    def __init__(self, system: RaySystem) -> None:
+        record = system.pdserve.record()
+        self.pdserve = type(system.pdserve)(
+            system.pdserve.runtime, {"RAY_AUTH_MODE": record["ray_auth_mode"]}
+        )
+        self.options = ("--name", "second", "--address", record["ray_address"], "--port", "0")
+        self.options += ("--set", "engine.kv_memory=16MiB")
+
+
+@pytest.fixture
+def same_ray(ray_system: RaySystem) -> OnTheSameRay:
+    return OnTheSameRay(ray_system)
+
+
+def test_what_no_node_can_take_is_named(same_ray: OnTheSameRay, chat_model: SmallModel) -> None:
+    wanted = ("--set", "pools.decode.resources.custom={moon_base: 2}")
+    line = same_ray.pdserve.refusal("up", *same_ray.options, "--model", str(chat_model.folder), *wanted)
+    assert "decode-0 cannot be placed: it asks for moon_base 2, and no node has that" in line
+    assert "pools.decode.resources" in line
+    assert same_ray.pdserve.records() == ["default.json"]
+
+
+def test_a_quantised_model_is_refused_by_name(same_ray: OnTheSameRay, tmp_path: Path) -> None:
+    from tests.small_models import make_model
+
+    model = make_model("llama", tmp_path / "squeezed")
+    config = model.folder / "config.json"
+    config.write_text(config.read_text().replace("{", '{"quantization_config": {"quant_method": "awq"},', 1))
+    line = same_ray.pdserve.refusal("up", *same_ray.options, "--model", str(model.folder))
+    assert "is quantised (awq)" in line
+    assert "float16, bfloat16 or float32" in line
+    assert same_ray.pdserve.records() == ["default.json"]
+
+
+def test_a_system_on_a_running_cluster_outlives_its_launcher(
+    same_ray: OnTheSameRay, ray_system: RaySystem, chat_model: SmallModel
+) -> None:
+    """Unsplit, detached, beside the first system; `pdserve down` ends it and leaves the first."""
+    options = (*same_ray.options, "--prefill", "0", "--decode", "1", "--detach")
+    done = same_ray.pdserve.run("up", "--model", str(chat_model.folder), *options)
+    assert done.returncode == 0, done.stderr
+    status = same_ray.pdserve.status("--name", "second")
+    assert [worker["pool"] for worker in status["workers"]] == ["unsplit"]
+    prompt = prompt_of(75, seed=6)
+    assert complete(status["routers"][0]["url"], prompt, 8) == reference(chat_model, prompt, 8)
+    family = [psutil.Process(process["pid"]) for process in [*status["routers"], *status["workers"]]]
+    down = same_ray.pdserve.run("down", "--name", "second")
+    assert down.returncode == 0, down.stderr
+    assert_gone(family)
+    assert ray_system.pdserve.status()["state"] == "ready"
+    assert same_ray.pdserve.records() == ["default.json"]
