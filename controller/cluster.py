@@ -4,6 +4,7 @@ Call `ray_environment.prepare_ray` before importing this.
 """
 
 import asyncio
+import ctypes
 import logging
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +19,9 @@ from pdserve.contract.errors import ConfigError
 OBJECT_STORE_BYTES = 80 << 20
 """About the least that Ray takes; nothing of weight travels through Ray."""
 REACH_TIMEOUT_S = 5.0
-EXIT_TIMEOUT_S = 5.0
+EXIT_TIMEOUT_S = 3.0
 """How long Ray's processes may take to end before they are killed."""
+_PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 _DEFAULT_PORTS = {"ray://": 10001, "": 6379}
 
 
@@ -58,22 +60,34 @@ class Cluster:
     def _connect(self) -> None:
         _quiet()
         if self._address is None:
+            _adopt_orphans()
             _start_local(self._num_processes)
         else:
             _join(self._address)
 
     def _close(self) -> None:
-        children = psutil.Process().children(recursive=True) if self.is_local else []
         ray.shutdown()
+        if self.is_local:
+            _end_children()
+
+
+def _end_children() -> None:
+    """Wait for all descendants, also those that an ending process had just started; kill what does not end."""
+    while children := psutil.Process().children(recursive=True):
         _, alive = psutil.wait_procs(children, EXIT_TIMEOUT_S)
         for process in alive:
             process.kill()
-        psutil.wait_procs(alive, EXIT_TIMEOUT_S)
 
 
 def _quiet() -> None:
     """Ray's own news are for its log files."""
     logging.getLogger("ray").setLevel(logging.CRITICAL)
+
+
+def _adopt_orphans() -> None:
+    """Make what Ray's processes leave behind when they end children of this process, which then finds and
+    ends them: actors, and agents that a node had just started when it was told to end."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _start_local(num_processes: int) -> None:

@@ -196,9 +196,12 @@ class WorkerActor:
     def _worker_settings(self) -> "WorkerSettings":
         from controller.worker import WorkerSettings
         from decode_worker.loop import DecodeSettings
+        from decode_worker.room import RoomSettings
 
         config = self._plan.deployment.config
-        decode = DecodeSettings(config.engine.step_budget_ms / 1000, config.engine.growth_reserve_blocks)
+        decode = DecodeSettings(
+            config.engine.step_budget_ms / 1000, RoomSettings(config.engine.growth_reserve_blocks)
+        )
         return WorkerSettings(decode=decode, transports=config.network.transports)
 
     def _tell(self, message: str) -> None:

@@ -1,38 +1,18 @@
 """The engine loop of a decode worker: admit, schedule, run, publish."""
 
 import asyncio
-import itertools
-import logging
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
+from decode_worker.arrivals import Arrivals
 from decode_worker.request import DecodeRequest, Phase, TokenSink
-from decode_worker.scheduler import choose_victim, may_reserve, plan_chunks
+from decode_worker.room import LiveRequests, Room, RoomSettings
+from decode_worker.scheduler import plan_chunks
 from pdserve.contract.block_names import ChainRoot
-from pdserve.contract.errors import (
-    ErrorCode,
-    ErrorInfo,
-    PdserveError,
-    Preempted,
-    PrefillFailed,
-    ProtocolViolation,
-    RequestTooLong,
-    Unavailable,
-)
+from pdserve.contract.errors import ErrorCode, ErrorInfo, PdserveError, Preempted, RequestTooLong, Unavailable
 from pdserve.contract.ids import SubmitNumber, WorkerId
-from pdserve.contract.messages import (
-    Busy,
-    Failed,
-    FirstToken,
-    PrefillOpen,
-    PrefillSource,
-    Refused,
-    RequestTimings,
-    Submit,
-    TokenEvent,
-)
+from pdserve.contract.messages import Failed, Refused, Submit, TokenEvent
 from pdserve.contract.ports import Clock, EngineExecutor, Rpc
-from pdserve.contract.sampling import finish_reason
 from pdserve.contract.tokens import num_tokens, pack_tokens
 from pdserve.contract.work import (
     ModelInfo,
@@ -43,30 +23,19 @@ from pdserve.contract.work import (
     StepResult,
     TokenLogprobs,
 )
-from pdserve.engine.chunking import PromptProgress
+from pdserve.engine.chunking import PromptProgress, chunk_tokens_within
 from pdserve.handoff.ledger import BlockLedger
 from pdserve.handoff.prefill_job import JobState, PrefillJob
-from pdserve.handoff.receiving import FetchStats, PrefillFetch
 from pdserve.handoff.sending import PrefillSource as PrefillCalls
 from pdserve.handoff.transports.negotiation import Transports
 from pdserve.metrics import WorkerMetrics
-
-log = logging.getLogger(__name__)
-
-ASK_AGAIN_MS = 20
-MAX_ASK_AGAIN_MS = 400
-"""When a prefill worker whose request finds no room is to ask again: this often for the oldest such request,
-and at least this often for any."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeSettings:
     step_budget_s: float = 0.2
     """What one step should take at most when prompts are computed beside the running batch."""
-    growth_reserve_blocks: int = 1
-    """Blocks kept free for each running sequence when a new request reserves."""
-    starvation_s: float = 1.0
-    """A request that has found no room for this long keeps younger ones from reserving before it."""
+    room: RoomSettings = field(default_factory=RoomSettings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +87,25 @@ class DecodeLoop:
         self._executor = executor
         self._ledger = ledger
         self._calls = calls
-        self._transports = transports
-        self._rpc = rpc
         self._clock = clock
         self._metrics = metrics
         self._work = work
-        self._settings = settings
-        self._requests: dict[tuple[TokenSink, SubmitNumber], DecodeRequest] = {}  # live, oldest first
-        self._fetches: set[asyncio.Task[None]] = set()
+        self._step_budget_s = settings.step_budget_s
+        self._chunk_tokens = chunk_tokens_within(settings.step_budget_s, cost, info.chunk_tokens)
+        self._requests = LiveRequests()
+        self._room = Room(
+            self._requests,
+            ledger,
+            info.block_size,
+            clock,
+            metrics,
+            self._preempt,
+            self._computes_for_others,
+            settings.room,
+        )
+        self._arrivals = Arrivals(
+            worker_id, info, self._room, self, transports, rpc, clock, metrics, work.set
+        )
 
     # What routers ask for.
 
@@ -138,27 +118,26 @@ class DecodeLoop:
             return
         request = self._enrol(sink, submit)
         if submit.prefill is not None:
-            request.fetch = asyncio.create_task(self._fetch(request, submit.prefill))
-            self._fetches.add(request.fetch)
-            request.fetch.add_done_callback(self._fetches.discard)
+            self._arrivals.start(request, submit.prefill)
         self._work.set()
 
     def cancel(self, sink: TokenSink, number: SubmitNumber) -> None:
         """The router does not want a submission any more. It may have ended already."""
-        request = self._requests.get((sink, number))
+        request = self._requests.get(sink, number)
         if request is not None:
             self._end(request, ErrorCode.CANCELLED.value)
 
     def drop(self, sink: TokenSink) -> None:
         """A Session has broken: cancel all that came through it."""
-        for request in [request for request in self._requests.values() if request.sink is sink]:
-            self._end(request, ErrorCode.CANCELLED.value)
+        for request in self._requests:
+            if request.sink is sink:
+                self._end(request, ErrorCode.CANCELLED.value)
 
     # What the worker tells.
 
     def in_phase(self, phase: Phase) -> list[DecodeRequest]:
         """The requests in `phase`, oldest first."""
-        return [request for request in self._requests.values() if request.phase is phase]
+        return self._requests.in_phase(phase)
 
     @property
     def num_requests(self) -> int:
@@ -179,10 +158,8 @@ class DecodeLoop:
     @property
     def waiting_tokens(self) -> int:
         """Prompt tokens that this worker itself is still to compute."""
-        local = (
-            r for r in self._requests.values() if r.submit.prefill is None and r.phase is not Phase.DECODING
-        )
-        return sum(request.num_to_prefill - request.num_computed for request in local)
+        unfinished = (request for request in self._requests if request.phase is not Phase.DECODING)
+        return sum(r.num_to_prefill - r.num_computed for r in unfinished if r.submit.prefill is None)
 
     # The loop.
 
@@ -198,31 +175,31 @@ class DecodeLoop:
                 else:
                     await self._work.wait()
         finally:
-            for request in list(self._requests.values()):
+            for request in self._requests:
                 self._end(request, ErrorCode.UNAVAILABLE.value)
-            await asyncio.gather(*self._fetches, return_exceptions=True)
+            await self._arrivals.over()
 
     def _admit(self) -> None:
         """Reserve for the oldest local prompts, and for the next prompt of another worker."""
         for request in self.in_phase(Phase.WAITING):
             if request.submit.prefill is None:
-                if not self._reserve(request):
+                if not self._room.reserve(request):
                     break
                 request.move(Phase.PREFILLING)
         if not self._calls.num_tokens_in_line:
             self._calls.start_next(self._ledger)
 
     def _schedule(self) -> StepPlan:
-        decoding = self._grow_running()
+        decoding = self._room.grow_running()
         prefilling = self.in_phase(Phase.PREFILLING)
         jobs = self._calls.in_state(JobState.READY)
         progress = [PromptProgress(r.num_computed, r.num_to_prefill) for r in prefilling]
         progress += [PromptProgress(job.num_computed, job.num_prompt) for job in jobs]
         stops = plan_chunks(
             progress,
-            self._info.chunk_tokens,
+            self._chunk_tokens,
             self._cost,
-            self._settings.step_budget_s,
+            self._step_budget_s,
             len(decoding),
             sum(request.num_computed for request in decoding),
         )
@@ -268,8 +245,7 @@ class DecodeLoop:
             return
         request.computed(stop)
         if request.phase is Phase.PREFILLING and stop == request.num_to_prefill:
-            request.move(Phase.DECODING)
-            request.hold.activate()
+            request.start_decoding()
         if sampled is not None:
             self._emit(request, sampled)
             plan.sinks.add(request.sink)
@@ -277,103 +253,7 @@ class DecodeLoop:
     def _advance_job(self, job: PrefillJob, stop: int, sampled: SampledToken | None) -> None:
         if job not in self._calls.jobs:  # its call ended during the step
             return
-        ends = False
-        if sampled is not None and job.request.sampling is not None:
-            num_output = job.num_prompt - job.request.num_prompt_tokens + 1
-            eos = self._info.eos_token_ids
-            ends = finish_reason(job.request.sampling, sampled.token, num_output, eos) is not None
-        job.advance(stop, sampled, ends, self._clock.now())
-
-    # Blocks: who gets them, who gives them up.
-
-    def _reserve(self, request: DecodeRequest) -> bool:
-        """Hold the whole prompt, or note that there was no room."""
-        if not request.hold.block_ids:
-            self._pin(request)
-        if self._must_let_pass(request) or not self._fits(request):
-            request.no_room_since = request.no_room_since or self._clock.now()
-            return False
-        request.no_room_since = None
-        self._metrics.prefix_query_tokens.inc(request.num_to_prefill)
-        self._metrics.prefix_hit_tokens.inc(request.num_computed)
-        request.hold.grow_to(request.num_blocks_to_prefill)
-        return True
-
-    def _fits(self, request: DecodeRequest) -> bool:
-        """Whether the whole prompt can be held, if need be of blocks that younger ones only have pinned."""
-        missing = request.num_blocks_to_prefill - len(request.hold.block_ids)
-        reserve = self._settings.growth_reserve_blocks
-        while not may_reserve(missing, self._ledger.num_available, self.running_sequences, reserve):
-            if not self._unpin_newest(request):
-                return False
-        return True
-
-    def _must_let_pass(self, request: DecodeRequest) -> bool:
-        """Whether an older request has found no room for too long."""
-        latest = self._clock.now() - self._settings.starvation_s
-        return any(
-            other.no_room_since is not None and other.no_room_since <= latest
-            for other in self._requests.values()
-            if other is not request and other.phase is Phase.WAITING and other.arrived_at < request.arrived_at
-        )
-
-    def _grow_running(self) -> list[DecodeRequest]:
-        """Give every running sequence the blocks of this step, oldest first; those that got them."""
-        for request in self.in_phase(Phase.DECODING):
-            if not request.ended and self._make_room(request):
-                request.hold.grow_to(request.num_blocks_needed)
-        return [
-            request
-            for request in self.in_phase(Phase.DECODING)
-            if len(request.hold.block_ids) >= request.num_blocks_needed
-        ]
-
-    def _make_room(self, request: DecodeRequest) -> bool:
-        missing = request.num_blocks_needed - len(request.hold.block_ids)
-        while missing > self._ledger.num_available:
-            if self._unpin_newest():
-                continue
-            if self._ledger.num_retiring:
-                return False  # these blocks come at once; nobody need be preempted for them
-            victim = self._victim()
-            if victim is None and self._computes_for_others:
-                return False
-            # Alone it still lacks room only when its own blocks keep twins from eviction: it starts again
-            # with those twins as its prefix.
-            self._preempt(victim or request)
-            if victim is None or victim is request:
-                return False
-        return True
-
-    @property
-    def _computes_for_others(self) -> bool:
-        return any(job.state is not JobState.QUEUED for job in self._calls.jobs)
-
-    def _unpin_newest(self, than: DecodeRequest | None = None) -> bool:
-        """Let the newest waiting request, but only one younger than `than`, lose its claim on cached blocks;
-        it looks again when it starts."""
-        for request in reversed(self._requests.values()):
-            if request is than:
-                return False
-            if request.phase is Phase.WAITING and request.hold.block_ids:
-                request.hold.unpin()
-                return True
-        return False
-
-    def _victim(self) -> DecodeRequest | None:
-        reserved = self.in_phase(Phase.RECEIVING) + self.in_phase(Phase.PREFILLING)
-        running = self.in_phase(Phase.DECODING)
-        match choose_victim(len(reserved), len(running)):
-            case "reserved":
-                return max(reserved, key=lambda request: request.arrived_at)
-            case "running":
-                return running[-1]
-            case _:
-                return None
-
-    def _preempt(self, request: DecodeRequest) -> None:
-        self._metrics.preemptions.inc()
-        self._fail(request, Preempted(f"{self._worker_id} needed the blocks for older requests").info)
+        job.advance(stop, sampled, self._info.eos_token_ids, self._clock.now())
 
     # The life of one request.
 
@@ -398,63 +278,9 @@ class DecodeLoop:
         request = DecodeRequest(
             sink, submit, root, hold, self._info.block_size, self._info.deterministic, self._clock.now()
         )
-        self._pin(request)
-        self._requests[sink, submit.number] = request
+        self._room.pin(request)
+        self._requests.add(request)
         return request
-
-    def _pin(self, request: DecodeRequest) -> None:
-        num_blocks = request.hold.adopt_prefix(request.root, request.prefill_tokens)
-        request.num_computed = num_blocks * self._info.block_size
-        request.timings = replace(request.timings, cached_prompt_tokens_decode=request.num_computed)
-
-    async def _fetch(self, request: DecodeRequest, source: PrefillSource) -> None:
-        fetch = PrefillFetch(
-            source.address,
-            self._prefill_open(request, source),
-            request.root,
-            request.hold,
-            _Arrival(self, request),
-            self._rpc,
-            self._transports,
-            self._clock,
-            self._metrics,
-            self._info.block_size,
-        )
-        try:
-            await fetch.run()
-        except PdserveError as error:
-            self._fetch_failed(request, source, error.info)
-        except Exception as error:  # an error of ours must end the request, not strand it
-            log.exception("fetching the KV of %s from %s", request.submit.request_id, source.worker_id)
-            self._fetch_failed(request, source, PrefillFailed(f"{type(error).__name__}: {error}").info)
-        finally:
-            self._work.set()  # blocks may be free now
-
-    def _prefill_open(self, request: DecodeRequest, source: PrefillSource) -> PrefillOpen:
-        submit = request.submit
-        return PrefillOpen(
-            request_id=submit.request_id,
-            attempt=submit.attempt,
-            decode_worker_id=self._worker_id,
-            source_incarnation=source.incarnation,
-            fingerprint=self._info.fingerprint,
-            tokens=request.prefill_tokens,
-            num_prompt_tokens=request.num_prompt,
-            held_blocks=len(request.hold.block_ids),
-            transports=self._transports.offers(),
-            sampling=submit.sampling if request.prefill_samples else None,
-            seed=submit.seed,
-            cache_salt=submit.cache_salt,
-            priority=submit.priority,
-            deadline_ms=submit.deadline_ms,
-        )
-
-    def _fetch_failed(self, request: DecodeRequest, source: PrefillSource, error: ErrorInfo) -> None:
-        if request.phase not in (Phase.WAITING, Phase.RECEIVING):
-            return  # everything had arrived; how the call ended does not matter any more
-        if error.code not in (ErrorCode.REQUEST_TOO_LONG, ErrorCode.FINGERPRINT_MISMATCH):
-            error = PrefillFailed(f"prefill at {source.worker_id} failed: {error.message}").info
-        self._fail(request, error, lost_source=True)
 
     def _emit(self, request: DecodeRequest, sampled: SampledToken) -> None:
         index = request.num_output
@@ -472,7 +298,7 @@ class DecodeLoop:
         self._end(request, error.code.value)
 
     def _end(self, request: DecodeRequest, outcome: str) -> None:
-        del self._requests[request.sink, request.number]
+        self._requests.remove(request)
         self._metrics.count_end(outcome)
         request.move(Phase.ENDED)
         request.hold.release()
@@ -481,65 +307,20 @@ class DecodeLoop:
             request.fetch.cancel()
         self._work.set()
 
-    # Called by _Arrival.
+    def _preempt(self, request: DecodeRequest) -> None:
+        self._metrics.preemptions.inc()
+        self._fail(request, Preempted(f"{self._worker_id} needed the blocks for older requests").info)
 
-    def reserve_for_fetch(self, request: DecodeRequest) -> int | Busy:
-        if request.ended or not self._reserve(request):
-            return Busy(self._ask_again_ms(request))
-        request.move(Phase.RECEIVING)
-        return request.num_computed // self._info.block_size
+    def _computes_for_others(self) -> bool:
+        return any(job.state is not JobState.QUEUED for job in self._calls.jobs)
 
-    def _ask_again_ms(self, request: DecodeRequest) -> int:
-        """The more older ones wait, the later: else a long queue asks more often than it can be answered."""
-        older = itertools.takewhile(lambda other: other is not request, self._requests.values())
-        num_before = sum(other.phase is Phase.WAITING for other in older)
-        return min(ASK_AGAIN_MS * (1 + num_before), MAX_ASK_AGAIN_MS)
+    # What Arrivals tells.
 
-    def first_token_arrived(self, request: DecodeRequest, first: FirstToken, stats: FetchStats) -> None:
-        if request.ended:
-            return
-        if not request.prefill_samples or request.num_tokens != request.num_to_prefill:
-            raise ProtocolViolation("a first token came that was not asked for, or came twice")
-        request.timings = _timings(request, stats)
-        self._emit(request, SampledToken(first.token, first.logprobs))
+    def first_token(self, request: DecodeRequest, sampled: SampledToken) -> None:
+        """Pass it on at once; it does not wait for the next step."""
+        self._emit(request, sampled)
         request.sink.flush(self.num_steps)
 
-    def all_arrived(self, request: DecodeRequest, stats: FetchStats) -> None:
-        if request.ended:
-            return
-        if request.prefill_samples and request.num_tokens == request.num_to_prefill:
-            raise ProtocolViolation("the source sealed the KV without a first token")
-        request.timings = _timings(request, stats)
-        request.computed(request.num_to_prefill)
-        request.move(Phase.DECODING)
-        request.hold.activate()
-        self._work.set()
-
-
-class _Arrival:
-    """The FetchListener of one request."""
-
-    def __init__(self, loop: DecodeLoop, request: DecodeRequest) -> None:
-        self._loop = loop
-        self._request = request
-
-    def reserve(self) -> int | Busy:
-        return self._loop.reserve_for_fetch(self._request)
-
-    def first_token(self, first: FirstToken, stats: FetchStats) -> None:
-        self._loop.first_token_arrived(self._request, first, stats)
-
-    def sealed(self, stats: FetchStats) -> None:
-        self._loop.all_arrived(self._request, stats)
-
-
-def _timings(request: DecodeRequest, stats: FetchStats) -> RequestTimings:
-    return replace(
-        request.timings,
-        cached_prompt_tokens_prefill=stats.cached_tokens_at_source,
-        queue_s=stats.queue_s,
-        prefill_s=stats.prefill_s,
-        transfer_s=stats.transfer_s,
-        transfer_bytes=stats.transfer_bytes,
-        transport=stats.transport,
-    )
+    def source_failed(self, request: DecodeRequest, error: ErrorInfo) -> None:
+        """The prefill worker did not deliver."""
+        self._fail(request, error, lost_source=True)

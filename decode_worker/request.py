@@ -114,6 +114,11 @@ class DecodeRequest:
         return slice_tokens(self.tokens, 0, self.num_to_prefill)
 
     @property
+    def num_held_blocks(self) -> int:
+        """Leading full blocks whose KV is in the pool."""
+        return self.num_computed // self._block_size
+
+    @property
     def num_blocks_to_prefill(self) -> int:
         return blocks_for(self.num_to_prefill, self._block_size)
 
@@ -134,6 +139,11 @@ class DecodeRequest:
     def move(self, to: Phase) -> None:
         assert (self.phase, to) in _LEGAL_MOVES, f"a request cannot go from {self.phase} to {to}"
         self.phase = to
+
+    def start_decoding(self) -> None:
+        """All KV of the prompt is here: join the running batch."""
+        self.move(Phase.DECODING)
+        self.hold.activate()
 
     def prefill_step(self, stop: int) -> SequenceStep:
         """Compute the prompt up to `stop`; samples when that is all that was known."""

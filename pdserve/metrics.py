@@ -61,6 +61,12 @@ class WorkerMetrics:
             ["pool", "outcome"],
             registry=registry,
         )
+        self._prefill_calls = Counter(
+            "pdserve_prefill_calls",
+            "Prefill calls answered, by outcome.",
+            ["pool", "outcome"],
+            registry=registry,
+        )
         self._transfer_bytes = Counter(
             "pdserve_kv_transfer_bytes",
             "KV bytes received and verified.",
@@ -97,6 +103,10 @@ class WorkerMetrics:
     def count_end(self, outcome: str) -> None:
         """`outcome` is a finish reason or an error code."""
         self._requests.labels(self._labels["pool"], outcome).inc()
+
+    def count_prefill_call(self, outcome: str) -> None:
+        """`outcome` is ``sealed`` or an error code."""
+        self._prefill_calls.labels(self._labels["pool"], outcome).inc()
 
 
 def _read_count(counts: Callable[[], BlockCounts], state: str) -> float:

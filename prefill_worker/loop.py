@@ -5,9 +5,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from pdserve.contract.ports import Clock, EngineExecutor
-from pdserve.contract.sampling import finish_reason
-from pdserve.contract.work import ModelInfo, SampledToken, StepBatch, StepCost, StepResult
-from pdserve.engine.chunking import PromptProgress
+from pdserve.contract.work import ModelInfo, StepBatch, StepCost, StepResult
+from pdserve.engine.chunking import PromptProgress, chunk_tokens_within
 from pdserve.handoff.ledger import BlockLedger
 from pdserve.handoff.prefill_job import JobState, PrefillJob
 from pdserve.handoff.sending import PrefillSource
@@ -50,6 +49,7 @@ class PrefillLoop:
         self._metrics = metrics
         self._work = work
         self._step_budget_s = step_budget_s
+        self._chunk_tokens = chunk_tokens_within(step_budget_s, cost, info.chunk_tokens)
 
     @property
     def running_sequences(self) -> int:
@@ -76,7 +76,7 @@ class PrefillLoop:
 
     def _admit(self) -> None:
         num_tokens = self._source.num_tokens_in_line
-        while wants_more(num_tokens, self._info.chunk_tokens):
+        while wants_more(num_tokens, self._chunk_tokens):
             job = self._source.start_next(self._ledger)
             if job is None:
                 return
@@ -85,7 +85,7 @@ class PrefillLoop:
     def _schedule(self) -> list[Chunk]:
         ready = self._source.in_state(JobState.READY)
         progress = [PromptProgress(job.num_computed, job.num_prompt) for job in ready]
-        stops = plan_chunks(progress, self._info.chunk_tokens, self._cost, self._step_budget_s)
+        stops = plan_chunks(progress, self._chunk_tokens, self._cost, self._step_budget_s)
         return [Chunk(job, stop) for job, stop in zip(ready, stops, strict=False)]
 
     async def _step(self, chunks: list[Chunk]) -> StepResult:
@@ -105,13 +105,5 @@ class PrefillLoop:
         now = self._clock.now()
         for chunk, sampled in zip(chunks, result.sampled, strict=True):
             if chunk.job in self._source.jobs:  # else its call ended during the step
-                chunk.job.advance(chunk.stop, sampled, self._is_last(chunk.job, sampled), now)
-
-    def _is_last(self, job: PrefillJob, sampled: SampledToken | None) -> bool:
-        if sampled is None or job.request.sampling is None:
-            return False
-        num_output = job.num_prompt - job.request.num_prompt_tokens + 1
-        return (
-            finish_reason(job.request.sampling, sampled.token, num_output, self._info.eos_token_ids)
-            is not None
-        )
+                chunk.job.advance(chunk.stop, sampled, self._info.eos_token_ids, now)
+                self._metrics.generated_tokens.inc(sampled is not None)

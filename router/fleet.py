@@ -28,6 +28,8 @@ class WorkerView:
     reported_at: float = 0.0
     connected: bool = False
     """Its streams are open: Watch, and for decode workers the Session."""
+    indexed: bool = False
+    """The prefix index counts what it holds."""
     booked_tokens: dict[object, int] = field(default_factory=dict)
     """Attempt -> tokens sent here whose work is not done yet."""
 
@@ -77,6 +79,7 @@ class Fleet:
 
     def hello(self, view: WorkerView, hello: Hello) -> None:
         view.hello = hello
+        view.indexed = True
         self.index.add_worker(hello.incarnation)
 
     def report(self, view: WorkerView, report: Report, now: float) -> bool:
@@ -98,7 +101,8 @@ class Fleet:
         """The worker's streams have broken; nothing that it said counts any more."""
         view.connected = False
         view.load = None
-        if view.hello is not None:
+        if view.indexed and view.hello is not None:  # once: the incarnation may be back in another view
+            view.indexed = False
             self.index.remove_worker(view.hello.incarnation)
         self.changed.set()
 

@@ -55,6 +55,7 @@ def _worker_metrics() -> Iterable[Metric]:
     metrics.observe_segment("grpc", num_bytes=0, seconds=0.0, verified=True)
     metrics.follow_blocks(lambda: BlockCounts(free=0, cached=0, reserved=0, active=0))
     metrics.count_end("stop")
+    metrics.count_prefill_call("sealed")
     return metrics.registry.collect()
 
 

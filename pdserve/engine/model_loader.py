@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from pdserve.contract.errors import ModelUnsupported
 from pdserve.engine.checkpoint import Checkpoint
@@ -64,6 +65,8 @@ def _load_config(checkpoint: Checkpoint, settings: EngineSettings) -> Any:
 
 def _load_weights(checkpoint: Checkpoint, settings: EngineSettings, config: Any) -> Any:
     dtype = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    had_progress_bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # the launcher shows its own progress
     try:
         return AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
@@ -78,6 +81,9 @@ def _load_weights(checkpoint: Checkpoint, settings: EngineSettings, config: Any)
             f"model {settings.model!r} ({config.model_type}) cannot be loaded as a causal language model: "
             f"{_first_line(error)}"
         ) from error
+    finally:
+        if had_progress_bar:
+            transformers_logging.enable_progress_bar()
 
 
 def _refuse_by_config(name: str, checkpoint: Checkpoint, config: Any) -> None:

@@ -14,6 +14,7 @@ from enum import StrEnum
 
 from pdserve.contract.block_names import ChainRoot, blocks_for
 from pdserve.contract.messages import FirstToken, PrefillOpen
+from pdserve.contract.sampling import finish_reason
 from pdserve.contract.tokens import num_tokens, slice_tokens
 from pdserve.contract.work import SampledToken, SampleRequest, SequenceStep
 from pdserve.handoff.ledger import BlockHold
@@ -102,16 +103,18 @@ class PrefillJob:
             sample=self._sample_request() if stop == self.num_prompt else None,
         )
 
-    def advance(self, stop: int, sampled: SampledToken | None, ends: bool, now: float) -> None:
-        """The prompt is computed up to `stop`. `ends` says that `sampled` is the request's last token."""
+    def advance(
+        self, stop: int, sampled: SampledToken | None, eos_token_ids: tuple[int, ...], now: float
+    ) -> None:
+        """The prompt is computed up to `stop`; `sampled` is the first token, with the last chunk."""
         self.num_computed = stop
         self.hold.publish(self.root, self.request.tokens, stop)
         if stop == self.num_prompt:
             self._move(JobState.COMPUTED)
             self.computed_at = now
-            self.ends_with_first_token = ends
             if sampled is not None:
                 self.first_token = FirstToken(sampled.token, sampled.logprobs)
+                self.ends_with_first_token = self._is_last(sampled.token, eos_token_ids)
         self.changed.set()
 
     # The call's side.
@@ -168,6 +171,12 @@ class PrefillJob:
         if self.num_computed == self.num_prompt:
             return self.num_blocks
         return self.num_computed // self._block_size
+
+    def _is_last(self, token: int, eos_token_ids: tuple[int, ...]) -> bool:
+        request = self.request
+        assert request.sampling is not None, "a token was sampled that was not asked for"
+        num_output = self.num_prompt - request.num_prompt_tokens + 1
+        return finish_reason(request.sampling, token, num_output, eos_token_ids) is not None
 
     def _sample_request(self) -> SampleRequest | None:
         request = self.request

@@ -66,6 +66,10 @@ class FetchListener(Protocol):
 
     def first_token(self, first: FirstToken, stats: FetchStats) -> None: ...
 
+    def over(self) -> bool:
+        """Whether the request has ended, for instance with its first token; then nothing more is needed."""
+        ...
+
     def sealed(self, stats: FetchStats) -> None:
         """Every block of the prompt is verified in the own pool."""
         ...
@@ -227,5 +231,7 @@ class PrefillFetch:
             return
         if combine(self._verified.values()) != sealed.digest:
             raise TransferCorrupt("the sealed digest does not match the segments")
+        if self._num_blocks_proven < len(self._hold.block_ids) and not self._listener.over():
+            raise ProtocolViolation("the source sealed fewer blocks than the prompt has")
         self.stats.queue_s, self.stats.prefill_s = sealed.queue_s, sealed.prefill_s
         self._proven.set()

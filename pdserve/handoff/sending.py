@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from pdserve.contract.block_names import ChainRoot
 from pdserve.contract.errors import (
     Cancelled,
+    ErrorCode,
     FingerprintMismatch,
+    PdserveError,
     ProtocolViolation,
     RequestTooLong,
     StaleIncarnation,
@@ -141,8 +143,16 @@ class PrefillSource:
         self._check(opened)
         root = ChainRoot(opened.fingerprint, opened.cache_salt)
         job = PrefillJob(opened, root, self._info.block_size, self._clock.now())
-        with self._enrolled(job):
-            await _PrefillCall(self, job, stream).run()
+        outcome = ErrorCode.CANCELLED.value
+        try:
+            with self._enrolled(job):
+                await _PrefillCall(self, job, stream).run()
+            outcome = "sealed"
+        except PdserveError as error:
+            outcome = error.info.code.value
+            raise
+        finally:
+            self._metrics.count_prefill_call(outcome)
 
     def _check(self, opened: PrefillOpen) -> None:
         if opened.source_incarnation != self._incarnation:

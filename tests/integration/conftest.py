@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-from tests.ray_cluster import Pdserve, Up
+from tests.ray_cluster import Pdserve, Up, private_pdserve
 from tests.small_models import SmallModel, make_model
 from tests.small_tokenizers import save_chat_folder
 
@@ -35,9 +34,9 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
 
 
 @pytest.fixture(scope="session")
-def pdserve(tmp_path_factory: pytest.TempPathFactory) -> Pdserve:
-    runtime: Path = tmp_path_factory.mktemp("runtime")
-    return Pdserve(runtime)
+def pdserve() -> Iterator[Pdserve]:
+    with private_pdserve() as pdserve:
+        yield pdserve
 
 
 @pytest.fixture(scope="session")

@@ -224,9 +224,9 @@ def same_ray(ray_system: RaySystem) -> OnTheSameRay:
 
 
 def test_what_no_node_can_take_is_named(same_ray: OnTheSameRay, chat_model: SmallModel) -> None:
-    wanted = ("--set", "pools.decode.resources.custom={moon_base: 2}")
+    wanted = ("--prefill", "0", "--set", "pools.decode.resources.custom={moon_base: 2}")
     line = same_ray.pdserve.refusal("up", *same_ray.options, "--model", str(chat_model.folder), *wanted)
-    assert "decode-0 cannot be placed: it asks for moon_base 2, and no node has that" in line
+    assert "unsplit-0 cannot be placed: it asks for moon_base 2, and no node has that" in line
     assert "pools.decode.resources" in line
     assert same_ray.pdserve.records() == ["default.json"]
 
@@ -237,7 +237,7 @@ def test_a_quantised_model_is_refused_by_name(same_ray: OnTheSameRay, tmp_path: 
     model = make_model("llama", tmp_path / "squeezed")
     config = model.folder / "config.json"
     config.write_text(config.read_text().replace("{", '{"quantization_config": {"quant_method": "awq"},', 1))
-    line = same_ray.pdserve.refusal("up", *same_ray.options, "--model", str(model.folder))
+    line = same_ray.pdserve.refusal("up", *same_ray.options, "--prefill", "0", "--model", str(model.folder))
     assert "is quantised (awq)" in line
     assert "float16, bfloat16 or float32" in line
     assert same_ray.pdserve.records() == ["default.json"]

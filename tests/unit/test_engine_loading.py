@@ -186,7 +186,14 @@ def test_what_is_known_of_a_model(tmp_path: Path) -> None:
     assert info.num_blocks == (1 << 20) // info.block_bytes == engine.blocks.num_blocks
     assert (info.max_model_len, info.chunk_tokens) == (512, 64)
     assert engine.cost.predict_s(100, 0) > engine.cost.predict_s(10, 0) > 0
-    assert [line.split()[0] for line in told] == ["finding", "loading", "laying", "checking", "measuring"]
+    assert [line.split()[0] for line in told] == [
+        "finding",
+        "loading",
+        "laying",
+        "checking",
+        "measuring",
+        "about",
+    ]
 
 
 def test_the_fingerprint_names_what_a_kv_byte_means(tmp_path: Path) -> None:

@@ -45,10 +45,10 @@ def ledger() -> BlockLedger:
 def test_segments_follow_the_chunks_and_the_partly_filled_block_comes_last(ledger: BlockLedger) -> None:
     job = job_of(10, ledger)
     assert job.next_shipment(8, 100) is None
-    job.advance(8, None, ends=False, now=3.0)
+    job.advance(8, None, (), now=3.0)
     assert job.next_shipment(8, 100) == Shipment(0, 0, 2)
     assert not job.all_shipped
-    job.advance(10, SampledToken(5), ends=False, now=4.0)
+    job.advance(10, SampledToken(5), (), now=4.0)
     assert job.first_token == FirstToken(5)
     assert job.next_shipment(8, 100) == Shipment(1, 2, 1)
     assert job.all_shipped
@@ -57,14 +57,14 @@ def test_segments_follow_the_chunks_and_the_partly_filled_block_comes_last(ledge
 
 def test_what_the_decode_worker_holds_is_not_sent(ledger: BlockLedger) -> None:
     job = job_of(12, ledger, num_held=2)
-    job.advance(12, SampledToken(5), ends=False, now=3.0)
+    job.advance(12, SampledToken(5), (), now=3.0)
     assert job.next_shipment(8, 100) == Shipment(0, 2, 1)
     assert job.all_shipped
 
 
 def test_the_window_holds_segments_back(ledger: BlockLedger) -> None:
     job = job_of(12, ledger)
-    job.advance(12, SampledToken(5), ends=False, now=3.0)
+    job.advance(12, SampledToken(5), (), now=3.0)
     assert job.next_shipment(2, 1) == Shipment(0, 0, 1)
     assert job.next_shipment(2, 1) == Shipment(1, 1, 1)
     assert job.next_shipment(2, 1) is None
@@ -74,7 +74,7 @@ def test_the_window_holds_segments_back(ledger: BlockLedger) -> None:
 
 def test_a_corrupt_segment_is_sent_again_with_its_index(ledger: BlockLedger) -> None:
     job = job_of(8, ledger)
-    job.advance(8, SampledToken(5), ends=False, now=3.0)
+    job.advance(8, SampledToken(5), (), now=3.0)
     first = job.next_shipment(8, 1)
     job.next_shipment(8, 1)
     assert job.all_shipped
@@ -86,7 +86,7 @@ def test_a_corrupt_segment_is_sent_again_with_its_index(ledger: BlockLedger) -> 
 
 def test_a_first_token_that_is_the_last_ships_nothing(ledger: BlockLedger) -> None:
     job = job_of(8, ledger)
-    job.advance(8, SampledToken(5), ends=True, now=3.0)
+    job.advance(8, SampledToken(5), (5,), now=3.0)
     assert job.next_shipment(8, 100) is None
     assert job.all_shipped
     assert job.num_segments == 0
