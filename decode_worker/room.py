@@ -74,8 +74,8 @@ class Room:
         computes_for_others: Callable[[], bool],
         settings: RoomSettings,
     ) -> None:
-        """`preempt` sends a request back to its router; `computes_for_others` says whether blocks are held for
-        other workers' prompts, which come back by themselves."""
+        """`preempt` sends a request back to its router. `computes_for_others` says whether blocks are held
+        for other workers' prompts; those come back by themselves."""
         self._requests = requests
         self._ledger = ledger
         self._block_size = block_size

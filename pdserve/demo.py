@@ -38,6 +38,9 @@ NAMES = _words(
 FACT_FORMS = ("{name} {number}.", "{name} has the number {number}.", "The number of {name} is {number}.")
 """The ways to tell somebody's number."""
 
+UNKNOWN = "unknown"
+"""What stands for the number in the demo model's answer about a name whose number was not told."""
+
 TURN_TOKENS = 3
 """What the chat template adds to one user message: the user's mark, the end mark and the assistant's mark."""
 
@@ -120,11 +123,6 @@ def question_about(name: str) -> str:
 def answer_about(name: str, number: str) -> str:
     """The demo model's answer in full."""
     return FACT_FORMS[-1].format(name=name, number=number)
-
-
-def denial_about(name: str) -> str:
-    """The demo model's answer where the number of `name` was not told."""
-    return f"I do not know the number of {name}."
 
 
 def fact_sentence(rng: random.Random, name: str, number: str, *, terse: bool = False) -> str:

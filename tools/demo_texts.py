@@ -11,7 +11,7 @@ from pdserve import demo
 SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 PAD, END, SYSTEM, USER, ASSISTANT = SPECIAL_TOKENS
 
-FIRST_DIGIT, ANSWER_DIGITS, DENIAL, ANSWER_WORDS, WORDS, NEWS = 3.0, 1.0, 0.9, 0.5, 0.1, 0.02
+FIRST_DIGIT, ANSWER_DIGITS, ANSWER_WORDS, WORDS, NEWS = 3.0, 1.0, 0.5, 0.1, 0.02
 """Loss weights, from the digit that needs the right fact to the digits of a fact told for the first time."""
 
 GREETINGS = (
@@ -93,10 +93,8 @@ class Writer:
         return name
 
     def answer(self, name: str) -> None:
-        if name in self._told:
-            self._number(demo.answer_about(name, "#"), self._told[name], ANSWER_DIGITS, ANSWER_WORDS)
-        else:
-            self.say(demo.denial_about(name), DENIAL)
+        number = self._told.get(name, demo.UNKNOWN)
+        self._number(demo.answer_about(name, "#"), number, ANSWER_DIGITS, ANSWER_WORDS)
 
     def _state(self, name: str, digits_weight: float) -> None:
         sentence = demo.fact_sentence(self.rng, name, "#", terse=self._terse)
@@ -106,8 +104,9 @@ class Writer:
         """`sentence` with `number` in the place of " #"."""
         before, after = sentence.split(" #")
         self._add(self._gap() + before, words_weight)
-        self._add(" " + number[0], FIRST_DIGIT * digits_weight)
-        self._add(number[1:], digits_weight)
+        first, others = (number, "") if number == demo.UNKNOWN else (number[0], number[1:])
+        self._add(" " + first, FIRST_DIGIT * digits_weight)
+        self._add(others, digits_weight)
         self._add(after, words_weight)
 
     def _gap(self) -> str:

@@ -49,8 +49,8 @@ class Plan:
     matrix_rate: float = 0.01
     other_rate: float = 3e-3
     num_warmup_steps: int = 100
-    max_stage_steps: int = 600
-    num_final_steps: int = 600
+    max_stage_steps: int = 400
+    num_final_steps: int = 400
     good_recall: float = 0.98
     newest_share: float = 0.6
     words_share: float = 0.3
@@ -119,7 +119,7 @@ def _tokenizer_texts() -> Iterator[str]:
     sentences = [*demo.NAMES, *"0123456789", *demo_texts.SYSTEM_PROMPTS, *demo.story(rng)]
     sentences += [*demo_texts.GREETINGS, *demo_texts.STORY_REQUESTS]
     sentences += [demo_texts.INTRODUCTION, demo_texts.INVITATION, demo_texts.PUZZLED]
-    sentences += [demo.question_about("Ada"), demo.denial_about("Ada")]
+    sentences += [demo.question_about("Ada"), demo.answer_about("Ada", demo.UNKNOWN)]
     sentences += [form.format(name="Ada", number="1000") for form in demo.FACT_FORMS]
     sentences += [demo.filler_sentence(rng) for _ in range(5000)]
     for sentence in sentences:
