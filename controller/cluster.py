@@ -72,7 +72,8 @@ class Cluster:
 
 
 def _end_children() -> None:
-    """Wait for all descendants, also those that an ending process had just started; kill what does not end."""
+    """Wait for all descendants, also those that an ending process had just started; kill what does not
+    end."""
     while children := psutil.Process().children(recursive=True):
         _, alive = psutil.wait_procs(children, EXIT_TIMEOUT_S)
         for process in alive:

@@ -75,8 +75,8 @@ async def _controller(name: str, address: str, auth_mode: str) -> AsyncIterator[
     from controller.cluster import Cluster
 
     cluster = Cluster(address)
-    await cluster.connect()
     try:
+        await cluster.connect()
         from controller.remote import RemoteController
 
         yield RemoteController.find(name)

@@ -79,8 +79,8 @@ async def _start_and_stay(
     )  # Ray takes a second to import, and what is wrong has been said by now
 
     cluster = Cluster(deployment.config.ray.address, num_processes=1 + len(deployment.specs()))
-    await cluster.connect()
     try:
+        await cluster.connect()
         announcement.update(ray_address=cluster.address, ray_auth_mode=auth_mode())
         await _run_on_cluster(deployment, announcement, options, progress)
     finally:

@@ -127,7 +127,7 @@ class Pdserve:
         return sorted(path.name for path in (self.runtime / "pdserve").glob("*.json"))
 
     def processes(self) -> list[psutil.Process]:
-        """Everything that runs with this runtime folder: launchers, Ray and actors, whoever their parent is."""
+        """Everything that runs with this runtime folder: launchers, Ray, actors, whoever their parent is."""
         return [process for process in psutil.process_iter() if self._owns(process)]
 
     def start(self, *arguments: str) -> Up:
