@@ -7,8 +7,8 @@ import asyncio
 import ctypes
 import logging
 import socket
+import warnings
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import psutil
 import ray
@@ -107,9 +107,10 @@ def _start_local(num_processes: int) -> None:
 
 def _join(address: str) -> None:
     _require_reachable(address)
-    options: dict[str, Any] = {} if address.startswith("ray://") else {"log_to_driver": False}
     try:
-        ray.init(address=address, namespace=NAMESPACE, configure_logging=False, **options)
+        # What Ray warns of on the way is in the error, or does not matter.
+        with warnings.catch_warnings(action="ignore"):
+            ray.init(address=address, namespace=NAMESPACE, configure_logging=False, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(

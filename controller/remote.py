@@ -83,8 +83,15 @@ class RemoteController:
                 await asyncio.sleep(RETRY_S)
                 arguments = (0,) if method == "follow" else arguments
             except RayActorError as error:
-                raise Unavailable(f"the controller of {self._system!r} is gone: see Ray's logs") from error
+                raise Unavailable(f"the controller of {self._system!r} is gone: {_why(error)}") from error
             except RayError as error:
                 raise Unavailable(f"the controller of {self._system!r} failed: {error}") from error
             else:
                 return answer
+
+
+def _why(error: RayActorError) -> str:
+    """The cause and what to do about it."""
+    if "ModuleNotFoundError" in str(error):
+        return "the cluster's nodes lack pdserve or a part of it: install the same version on all of them"
+    return "see Ray's logs (on the head node, by default in /tmp/ray/session_latest/logs)"
