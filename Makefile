@@ -37,8 +37,8 @@ docs: $(VENV)/.installed-dev  ## generate the pages that follow from the code
 	$(BIN)/python tools/make_config_docs.py
 
 bench: $(VENV)/.installed-dev  ## the benchmarks in their short form
-	$(BIN)/python benchmarks/engine.py --smoke
-	$(BIN)/python benchmarks/handoff.py --smoke
+	$(BIN)/python -m benchmarks.engine --smoke
+	$(BIN)/python -m benchmarks.handoff --smoke
 
 clean:  ## remove what the verbs above have made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -183,10 +183,10 @@ class Journey:
         progress.attempt += 1
         self._metrics.attempts.inc()
         log.debug("%s attempt %d: %s", progress.request_id, progress.attempt, placement.reason)
-        booking = self._book(progress, placement)
         submission = self._links[placement.decode].submit(
             lambda number: self._submit(number, progress, placement)
         )
+        booking = self._book(progress, placement)
         try:
             while True:
                 event = await self._next_event(progress, submission)

@@ -75,6 +75,11 @@ def test_answers_in_a_conversation(model: PreTrainedModel, tokenizer: PreTrained
     assert second == "The number of Ada is 4711.<|end|>"
 
 
+def test_does_not_invent_a_number(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    reply = chat(model, tokenizer, "Ada has the number 4711. What is the number of Bob?")
+    assert reply == "The number of Bob is unknown.<|end|>"
+
+
 def test_completes_plain_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     recall = demo.recall_prompt(3, 256)
     stem, number = recall.answer.removesuffix(".").rsplit(" ", 1)
