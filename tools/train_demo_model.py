@@ -175,7 +175,7 @@ class Encoder:
 class Training:
     """A model, its optimisers and where the run is.
 
-    Muon (Jordan et al. 2024) for the matrices needs about a fifth of the tokens that AdamW alone does here.
+    Muon (Jordan et al. 2024) for the matrices needed about a fifth of the tokens that AdamW alone did.
     """
 
     def __init__(self, plan: Plan, encoder: Encoder, model: LlamaForCausalLM) -> None:
