@@ -6,8 +6,13 @@
 Two systems run on this machine, one with a prefill and a decode worker and one with a single unsplit worker,
 each worker with one thread; a third copy of the same engine, in this process, computes the same prompt
 without any server. One client sends one request at a time over HTTP: bare engine, split, unsplit, in turns,
-each with a prompt of its own. What the whole stack adds is the time to first token less the bare prefill of
-the same round. KV transfer rates per transport come from `benchmarks.transports`, run afterwards.
+each with a prompt of its own. The bare engine computes prompts in the chunks that keep the workers' step
+budget, and in one step, which shows what the budget costs.
+
+What the stack adds to the time to first token is given twice: against the bare engine in the same round,
+which drifts with the machine, and, split, against the seconds that the prefill worker's own engine steps took
+for that very request, read from its metrics. KV transfer rates per transport come from
+`benchmarks.transports`, run afterwards.
 """
 
 import argparse
@@ -35,12 +40,14 @@ from pdserve.contract.ids import BlockId
 from pdserve.contract.sampling import SamplingParams
 from pdserve.contract.tokens import pack_tokens, slice_tokens
 from pdserve.contract.work import SampleRequest, SequenceStep, StepBatch
-from pdserve.engine.chunking import PromptProgress, next_chunk_stop
+from pdserve.engine.chunking import PromptProgress, chunk_tokens_within, next_chunk_stop
 from pdserve.engine.engine import ModelEngine
 from pdserve.engine.settings import EngineSettings
 
 READY_TIMEOUT_S = 180
 KV_MEMORY = "512MiB"
+STEP_BUDGET_S = 0.2
+"""The default of the workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +56,16 @@ class Latency:
 
     first_token_s: float
     second_token_s: float
+    prefill_steps_s: float | None = None
+    """What the prefill worker's engine steps for this request took."""
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """A running system; `prefill_metrics_url` None: unsplit."""
+
+    url: str
+    prefill_metrics_url: str | None
 
 
 def main() -> None:
@@ -60,16 +77,18 @@ def main() -> None:
         engine = ModelEngine.load(
             EngineSettings(folder, threads=1, kv_memory_bytes=512 << 20, chunk_tokens=arguments.chunk_tokens)
         )
-        urls = {
+        running_systems = {
             name: systems.enter_context(running(name, folder, pools, arguments.chunk_tokens))
             for name, pools in (("split", ("1", "1")), ("unsplit", ("0", "1")))
         }
-        latencies = measure(engine, urls, arguments.tokens, rounds)
+        chunk_tokens = chunk_tokens_within(STEP_BUDGET_S, engine.cost, engine.info.chunk_tokens)
+        latencies = measure(engine, chunk_tokens, running_systems, arguments.tokens, rounds)
     rates = transports.run((64 << 20) // transports.LAYOUT.block_bytes, 3 if arguments.smoke else 9)
     result = conditions("handoff") | {
         "model": {"shape": SHAPE, "dtype": "bfloat16"},
         "prompt_tokens": arguments.tokens,
-        "chunk_tokens": arguments.chunk_tokens,
+        "chunk_tokens": chunk_tokens,
+        "step_budget_s": STEP_BUDGET_S,
         "rounds": rounds,
         "latency": latencies,
         "transfer": {name: rate.summary(rates["copy"]) for name, rate in rates.items()},
@@ -81,37 +100,43 @@ def main() -> None:
 
 
 @contextmanager
-def running(name: str, model: str, pools: tuple[str, str], chunk_tokens: int) -> Iterator[str]:
-    """A system of its own; its URL once it is ready."""
+def running(name: str, model: str, pools: tuple[str, str], chunk_tokens: int) -> Iterator[System]:
+    """A system of its own, once it is ready."""
     common = [sys.executable, "-m", "controller.cli"]
     command = [*common, "up", "--name", f"bench-{name}", "--model", model, "--served-name", "bench"]
     command += ["--prefill", pools[0], "--decode", pools[1], "--threads", "1", "--port", "0"]
     command += ["--set", f"engine.kv_memory={KV_MEMORY}", "--set", f"engine.chunk_tokens={chunk_tokens}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
-        yield _url(process, [*common, "status", "--name", f"bench-{name}", "--json"])
+        yield _system(process, [*common, "status", "--name", f"bench-{name}", "--json"])
     finally:
         process.terminate()
         process.wait(60)
 
 
-def measure(engine: ModelEngine, urls: dict[str, str], num_tokens: int, rounds: int) -> dict[str, Any]:
-    """Alternate the three; the first two rounds warm up and are not counted."""
+def measure(
+    engine: ModelEngine, chunk_tokens: int, systems: dict[str, System], num_tokens: int, rounds: int
+) -> dict[str, Any]:
+    """Alternate all; the first two rounds warm up and are not counted."""
     rng = random.Random(1)
     bare: list[float] = []
-    served: dict[str, list[Latency]] = {name: [] for name in urls}
+    in_one_step: list[float] = []
+    served: dict[str, list[Latency]] = {name: [] for name in systems}
     with httpx.Client(timeout=120) as client:
         for number in range(rounds + 2):
-            bare.append(bare_prefill(engine, _prompt(rng, num_tokens)))
-            for name, url in urls.items():
-                served[name].append(request(client, url, _prompt(rng, num_tokens)))
+            in_one_step.append(bare_prefill(engine, _prompt(rng, num_tokens), num_tokens))
+            bare.append(bare_prefill(engine, _prompt(rng, num_tokens), chunk_tokens))
+            for name, system in systems.items():
+                served[name].append(request(client, system, _prompt(rng, num_tokens)))
             print(f"round {number}: bare {bare[-1]:.3f} s, " + _line(served), flush=True)
-    return {"bare_prefill_s": _spread(bare[2:])} | {
-        name: _summary(bare[2:], latencies[2:]) for name, latencies in served.items()
+    engine_alone = {
+        "bare_prefill_s": _spread(bare[2:]),
+        "bare_prefill_in_one_step_s": _spread(in_one_step[2:]),
     }
+    return engine_alone | {name: _summary(bare[2:], latencies[2:]) for name, latencies in served.items()}
 
 
-def bare_prefill(engine: ModelEngine, prompt: list[int]) -> float:
+def bare_prefill(engine: ModelEngine, prompt: list[int], chunk_tokens: int) -> float:
     """Seconds of the steps that prefill the prompt in chunks and sample the next token; no server."""
     tokens, info = pack_tokens(prompt), engine.info
     table = [BlockId(block) for block in range(-(-len(prompt) // info.block_size))]
@@ -119,15 +144,16 @@ def bare_prefill(engine: ModelEngine, prompt: list[int]) -> float:
     started = time.perf_counter()
     start = 0
     while start < len(prompt):
-        stop = next_chunk_stop(PromptProgress(start, len(prompt)), info.chunk_tokens)
+        stop = next_chunk_stop(PromptProgress(start, len(prompt)), chunk_tokens)
         sample = greedy if stop == len(prompt) else None
         engine.step(StepBatch([SequenceStep(slice_tokens(tokens, start, stop), start, table, sample)]))
         start = stop
     return time.perf_counter() - started
 
 
-def request(client: httpx.Client, url: str, prompt: list[int]) -> Latency:
+def request(client: httpx.Client, system: System, prompt: list[int]) -> Latency:
     """Stream two tokens."""
+    steps_before_s = _step_seconds(client, system)
     body = {
         "model": "bench",
         "prompt": prompt,
@@ -139,20 +165,30 @@ def request(client: httpx.Client, url: str, prompt: list[int]) -> Latency:
     }
     arrivals: list[float] = []
     started = time.perf_counter()
-    with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
+    with client.stream("POST", f"{system.url}/v1/completions", json=body) as answer:
         for line in answer.iter_lines():
             if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["token_ids"]:
                 arrivals.append(time.perf_counter() - started)
-    return Latency(arrivals[0], arrivals[1])
+    steps_s = _step_seconds(client, system)
+    return Latency(arrivals[0], arrivals[1], None if steps_s is None else steps_s - (steps_before_s or 0.0))
 
 
-def _url(process: "subprocess.Popen[bytes]", status: list[str]) -> str:
+def _step_seconds(client: httpx.Client, system: System) -> float | None:
+    """All engine steps of the prefill worker so far."""
+    if system.prefill_metrics_url is None:
+        return None
+    page = client.get(system.prefill_metrics_url).text
+    (line,) = (line for line in page.splitlines() if line.startswith("pdserve_engine_step_seconds_sum"))
+    return float(line.split()[-1])
+
+
+def _system(process: "subprocess.Popen[bytes]", status: list[str]) -> System:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
         answer = subprocess.run(status, capture_output=True, text=True)
         if answer.returncode == 0 and (system := json.loads(answer.stdout))["state"] == "ready":
-            url: str = system["routers"][0]["url"]
-            return url
+            prefill = [worker["metrics_url"] for worker in system["workers"] if worker["pool"] == "prefill"]
+            return System(system["routers"][0]["url"], prefill[0] if prefill else None)
         time.sleep(1)
     raise SystemExit("the system did not become ready; run the same `pdserve up` by hand to see why")
 
@@ -164,11 +200,16 @@ def _prompt(rng: random.Random, length: int) -> list[int]:
 def _summary(bare: list[float], latencies: list[Latency]) -> dict[str, Any]:
     first = [latency.first_token_s for latency in latencies]
     added_ms = [(one - other) * 1e3 for one, other in zip(first, bare, strict=True)]
+    steps_s = [latency.prefill_steps_s for latency in latencies]
+    over_steps_ms = [
+        (one - steps) * 1e3 for one, steps in zip(first, steps_s, strict=True) if steps is not None
+    ]
     gaps_ms = [(latency.second_token_s - latency.first_token_s) * 1e3 for latency in latencies]
     return {
         "first_token_s": _spread(first),
         "added_to_bare_prefill_ms": _spread(added_ms),
         "added_at_the_median_ms": round((median(first) - median(bare)) * 1e3, 2),
+        "added_to_own_prefill_steps_ms": _spread(over_steps_ms) if over_steps_ms else None,
         "first_to_second_token_ms": _spread(gaps_ms),
     }
 
