@@ -12,9 +12,6 @@ ratio is of the medians.
 import argparse
 import json
 import os
-import platform
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,9 +21,9 @@ from statistics import median
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
+from benchmarks.conditions import conditions
 from pdserve.contract.ids import BlockId
 from pdserve.contract.sampling import SamplingParams
 from pdserve.contract.tokens import pack_tokens
@@ -175,17 +172,7 @@ def _plain_decode(plain: Any, batch: int) -> Callable[[], float]:
 
 def describe(arguments: argparse.Namespace) -> dict[str, Any]:
     """Where, how and on which commit this was measured."""
-    return {
-        "benchmark": "engine",
-        "command": "python -m benchmarks.engine " + " ".join(sys.argv[1:]),
-        "commit": _output_of("git", "rev-parse", "HEAD"),
-        "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "hardware": {"cpu": _cpu_name(), "cores": os.cpu_count(), "load_average": os.getloadavg()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+    return conditions("engine") | {
         "threads": arguments.threads,
         "model": {"shape": SHAPE, "dtype": "bfloat16", "context": CONTEXT},
     }
@@ -210,21 +197,6 @@ def _tokens(length: int) -> list[int]:
 
 def _greedy(position: int) -> SampleRequest:
     return SampleRequest(SamplingParams(temperature=0.0), seed=0, position=position, output_index=0)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-
-
-def _output_of(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 if __name__ == "__main__":
