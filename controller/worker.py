@@ -36,7 +36,8 @@ class Loop(Protocol):
     """What PrefillLoop and DecodeLoop have in common."""
 
     num_steps: int
-    last_step_s: float
+    prefill_tokens_per_s: float
+    decode_step_s: float
 
     @property
     def running_sequences(self) -> int: ...
@@ -112,7 +113,6 @@ class Worker:
 
     def load(self, watcher: Incarnation) -> WorkerLoad:
         """What the worker has to do and to give, as told to `watcher`."""
-        step_s = self.loop.last_step_s
         return WorkerLoad(
             state=self.state,
             waiting_requests=self.loop.waiting_requests,
@@ -122,8 +122,8 @@ class Worker:
             blocks=self.ledger.counts(),
             step=self.loop.num_steps,
             last_submit=self._sessions.last_submit(watcher) if self._sessions else SubmitNumber(0),
-            prefill_tokens_per_s=0.0,
-            decode_step_s=step_s,
+            prefill_tokens_per_s=self.loop.prefill_tokens_per_s,
+            decode_step_s=self.loop.decode_step_s,
         )
 
     def block_counts(self) -> BlockCounts:

@@ -170,7 +170,6 @@ class WorkerActor:
             deterministic=engine.deterministic,
             trust_remote_code=model.trust_remote_code,
             chunk_tokens=engine.chunk_tokens,
-            step_budget_s=engine.step_budget_ms / 1000,
         )
 
     def _kv_memory(self) -> tuple[int | None, float]:

@@ -79,7 +79,8 @@ class DecodeLoop:
     ) -> None:
         """`calls` are the Prefill calls of other workers; `work` is set by whoever brings or changes work."""
         self.num_steps = 0
-        self.last_step_s = 0.0
+        self.prefill_tokens_per_s = 0.0
+        self.decode_step_s = 0.0
         self.draining = False
         self._worker_id = worker_id
         self._info = info
@@ -220,7 +221,10 @@ class DecodeLoop:
                 in_use.enter_context(hold.in_use())
             result = await self._executor.step(batch)
         self.num_steps += 1
-        self.last_step_s = result.seconds
+        if not plan.decoding:
+            self.prefill_tokens_per_s = batch.num_new_tokens / max(result.seconds, 1e-9)
+        elif not (plan.prefilling or plan.jobs):
+            self.decode_step_s = result.seconds
         self._metrics.step_seconds.observe(result.seconds)
         self._metrics.batch_sequences.observe(len(batch.sequences))
         return result
@@ -228,12 +232,12 @@ class DecodeLoop:
     def _publish(self, plan: StepPlan, result: StepResult) -> None:
         sampled = iter(result.sampled)
         for request in plan.decoding:
-            stop = min(request.num_tokens, request.num_computed + request.decode_step().num_new_tokens)
-            self._advance(plan, request, stop, next(sampled))
+            self._advance(plan, request, request.decode_stop, next(sampled))
         for request, stop in plan.prefilling:
             self._metrics.prompt_tokens.inc(stop - request.num_computed)
             self._advance(plan, request, stop, next(sampled))
         for job, stop in plan.jobs:
+            self._metrics.prompt_tokens.inc(stop - job.num_computed)
             self._advance_job(job, stop, next(sampled))
         for sink in plan.sinks:
             sink.flush(self.num_steps)

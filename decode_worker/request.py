@@ -145,6 +145,11 @@ class DecodeRequest:
         self.move(Phase.DECODING)
         self.hold.activate()
 
+    @property
+    def decode_stop(self) -> int:
+        """How far the next decode step computes."""
+        return min(self.num_tokens, self.num_computed + MAX_REPLAY_TOKENS)
+
     def prefill_step(self, stop: int) -> SequenceStep:
         """Compute the prompt up to `stop`; samples when that is all that was known."""
         samples = stop == self.num_to_prefill and self.prefill_samples
@@ -157,7 +162,7 @@ class DecodeRequest:
 
     def decode_step(self) -> SequenceStep:
         """Compute what is not computed yet, ordinarily the one token sampled last, and sample the next."""
-        stop = min(self.num_tokens, self.num_computed + MAX_REPLAY_TOKENS)
+        stop = self.decode_stop
         return SequenceStep(
             tokens=slice_tokens(self.tokens, self.num_computed, stop),
             start=self.num_computed,

@@ -191,6 +191,14 @@ class RouterMetrics:
         self._open_requests.labels(api).dec()
         self._responses.labels(api, code, str(status)).inc()
 
+    def follow_index_mismatches(self, count: Callable[[], float]) -> None:
+        """Export how often the prefix index disagreed with a worker and was rebuilt, read at scrape time."""
+        Gauge(
+            "pdserve_router_index_mismatches",
+            "How often the prefix index disagreed with a worker's report and was rebuilt.",
+            registry=self.registry,
+        ).set_function(count)
+
     def follow_workers(self, count: Callable[[], float]) -> None:
         """Export how many workers this router can use, read at scrape time."""
         Gauge(

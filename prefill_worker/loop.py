@@ -39,7 +39,8 @@ class PrefillLoop:
     ) -> None:
         """`work` is set by whoever brings or changes work (the source's `wake`)."""
         self.num_steps = 0
-        self.last_step_s = 0.0
+        self.prefill_tokens_per_s = 0.0
+        self.decode_step_s = 0.0  # it never decodes
         self._info = info
         self._cost = cost
         self._executor = executor
@@ -95,7 +96,7 @@ class PrefillLoop:
                 in_use.enter_context(chunk.job.hold.in_use())
             result = await self._executor.step(batch)
         self.num_steps += 1
-        self.last_step_s = result.seconds
+        self.prefill_tokens_per_s = batch.num_new_tokens / max(result.seconds, 1e-9)
         self._metrics.step_seconds.observe(result.seconds)
         self._metrics.batch_sequences.observe(len(chunks))
         self._metrics.prompt_tokens.inc(batch.num_new_tokens)

@@ -40,6 +40,7 @@ class Router:
             self.fleet, self._links, Admission(settings.admission), clock, rng, self.metrics, settings.journey
         )
         self._num_requests = 0
+        self.metrics.follow_index_mismatches(lambda: self.fleet.num_index_mismatches)
         self.metrics.follow_workers(lambda: sum(view.usable for view in self.fleet.workers.values()))
 
     def set_members(self, members: Members) -> None:

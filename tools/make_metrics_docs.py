@@ -65,6 +65,7 @@ def _router_metrics() -> Iterable[Metric]:
     metrics.count_recovery(ErrorCode.WORKER_LOST)
     metrics.on_request_start("chat")
     metrics.on_request_end("chat", "ok", 200)
+    metrics.follow_index_mismatches(lambda: 0)
     metrics.follow_workers(lambda: 0)
     return metrics.registry.collect()
 

@@ -187,7 +187,7 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLoad:
-    """What a worker has to do and to give. Rates are measured over the last seconds."""
+    """What a worker has to do and to give."""
 
     state: WorkerState
     waiting_requests: int
@@ -202,7 +202,9 @@ class WorkerLoad:
     last_submit: SubmitNumber
     """Highest Submit number taken from this watcher's Session; clears its optimistic bookings exactly."""
     prefill_tokens_per_s: float
+    """Of the last step that only computed prompts; 0 before the first."""
     decode_step_s: float
+    """How long the last step took that only decoded; 0 before the first."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ TokenBytes = bytes
 """Packed token ids, 4 bytes each, little-endian uint32."""
 
 BYTES_PER_TOKEN = 4
-MAX_TOKEN_ID = 2**32 - 1
 
 _TYPECODE = "I" if array("I").itemsize == BYTES_PER_TOKEN else "L"
 
@@ -37,12 +36,6 @@ def num_tokens(tokens: TokenBytes | bytearray | memoryview) -> int:
 def slice_tokens(tokens: TokenBytes | bytearray, start: int, stop: int) -> TokenBytes:
     """The ids in the half-open range [start, stop)."""
     return bytes(tokens[start * BYTES_PER_TOKEN : stop * BYTES_PER_TOKEN])
-
-
-def token_at(tokens: TokenBytes | bytearray, index: int) -> int:
-    """The id at `index` (not negative)."""
-    offset = index * BYTES_PER_TOKEN
-    return int.from_bytes(tokens[offset : offset + BYTES_PER_TOKEN], "little")
 
 
 def _little_endian(ids: "array[int]") -> "array[int]":

@@ -35,11 +35,6 @@ def calibrate(logits: Logits, info: ModelInfo) -> StepCost:
     )
 
 
-def tokens_within(budget_s: float, cost: StepCost) -> int:
-    """How many prompt tokens a step of `budget_s` seconds computes, at least 1."""
-    return max(1, int((budget_s - cost.fixed_s) / max(cost.per_prefill_token_s, 1e-9)))
-
-
 def _per_prefill_token(probe: "_Probe", info: ModelInfo, fixed_s: float) -> float:
     """From the longest prompt worth waiting for: short ones are dominated by reading the weights."""
     longest = min(info.chunk_tokens, info.max_model_len - 1, info.num_blocks * info.block_size)

@@ -16,7 +16,7 @@ from pdserve.contract.work import ModelInfo, SampledToken, SequenceStep, StepBat
 from pdserve.engine.attention import ATTENTION_NAME, PagedAttention
 from pdserve.engine.attention_plan import AttentionPlan
 from pdserve.engine.attention_probe import AttentionShape, probe_attention
-from pdserve.engine.calibration import calibrate, tokens_within
+from pdserve.engine.calibration import calibrate
 from pdserve.engine.checkpoint import Checkpoint, find_checkpoint
 from pdserve.engine.host import find_device
 from pdserve.engine.kv_pool import KvLayout, KvPool, plan_num_blocks, require_room
@@ -79,8 +79,6 @@ class ModelEngine:
         engine._accept(settings, engine._check(settings, reference))
         tell("measuring steps")
         engine._cost = calibrate(engine.logits, info)
-        fitting = tokens_within(settings.step_budget_s, engine._cost)
-        tell(f"about {fitting} prompt tokens fit a step of {settings.step_budget_s * 1e3:.0f} ms")
         return engine
 
     @property

@@ -39,8 +39,6 @@ class EngineSettings:
     """Run Python code that comes with the checkpoint."""
     chunk_tokens: int = 512
     """Prefill chunks end at multiples of this, counted from token 0."""
-    step_budget_s: float = 0.2
-    """How long one step of a prefill should take at most."""
 
     def __post_init__(self) -> None:
         _require(bool(self.model), "model", "give a folder or a hub id")
@@ -58,7 +56,6 @@ class EngineSettings:
             "chunk_tokens",
             f"give a multiple of block_size ({self.block_size})",
         )
-        _require(self.step_budget_s > 0, "step_budget_s", "give more than 0")
 
     @property
     def name(self) -> str:

@@ -185,3 +185,19 @@ def test_what_can_never_fit_is_refused_at_once() -> None:
             await system.at_rest()
 
     run_virtual(story())
+
+
+def test_workers_report_the_rates_that_their_engines_reach() -> None:
+    async def story() -> None:
+        async with MemorySystem() as system:
+            await system.generate(prompt_of(33), greedy(9))
+            await system.clock.sleep(2)  # the next reports
+            loads = {name: view.load for name, view in system.router.fleet.workers.items()}
+            cost = system.engines["prefill-0"].cost
+            prefill, decode = loads["prefill-0"], loads["decode-0"]
+            assert prefill is not None
+            assert decode is not None
+            assert prefill.prefill_tokens_per_s == pytest.approx(1 / cost.predict_s(1, 0))  # the last chunk
+            assert decode.decode_step_s == pytest.approx(cost.predict_s(0, 1), rel=0.2)
+
+    run_virtual(story())

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 
-from pdserve.contract.work import StepBatch, StepCost
-from pdserve.engine.calibration import calibrate, tokens_within
+from pdserve.contract.work import StepBatch
+from pdserve.engine.calibration import calibrate
 from tests.engine_runs import load_engine
 from tests.small_models import make_model
 
@@ -27,11 +26,3 @@ def test_costs_are_not_negative_and_grow_with_work(tmp_path: Path) -> None:
     used = {block for batch in batches for step in batch.sequences for block in step.block_ids}
     assert max(used) < engine.info.num_blocks == 20
     assert {len(batch.sequences) for batch in batches} == {1, 8}
-
-
-@pytest.mark.parametrize(
-    ("budget_s", "expected"), [(0.2, 100), (0.1, 1), (0.001, 1)], ids=["fits", "just", "never less than one"]
-)
-def test_tokens_within_a_budget(budget_s: float, expected: int) -> None:
-    cost = StepCost(fixed_s=0.0999, per_prefill_token_s=0.001, per_decode_sequence_s=0.0)
-    assert tokens_within(budget_s, cost) == expected
