@@ -6,6 +6,7 @@ write is cancelled, but a `receive` under a timeout must lose nothing.
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, NamedTuple
 
 import grpc
@@ -104,8 +105,11 @@ class ClientStream(GrpcStream):
             self._grpc_call.cancel()
 
     async def _read(self) -> None:
+        """By iteration: the call's own `read` loses what is still to come once a write of ours has failed,
+        as it does when the server ends the call while we send."""
         try:
-            await self._fill_inbox(self._grpc_call.read)
+            async with aclosing(aiter(self._grpc_call)) as messages:
+                await self._fill_inbox(lambda: anext(messages, _EOF))
         except ProtocolViolation as violation:
             self.break_off(f"{self._call} stream to {self.peer}: {violation}")
             self._grpc_call.cancel()
@@ -122,10 +126,13 @@ class ClientStream(GrpcStream):
     async def _outcome(self, reading: "asyncio.Task[None]") -> str:
         """Wait until the call is over and everything that arrived is in the inbox, and say how it ended."""
         code = await self._grpc_call.code()
+        reason = f"{code.name}, {await self._grpc_call.details()}"
         if code is not grpc.StatusCode.OK:
-            return f"{code.name}, {await self._grpc_call.details()}"
+            self._outbox.break_entry(f"{self._call} stream to {self.peer}: {reason}")
         await asyncio.wait([reading])
-        return "the server has ended it" if self.end_arrived else "the server left without an End message"
+        if self.end_arrived:
+            return "the server has ended it"
+        return "the server left without an End message" if code is grpc.StatusCode.OK else reason
 
 
 class ServerStream(GrpcStream):

@@ -207,6 +207,31 @@ async def test_sending_to_a_server_that_has_ended(pair: Pair) -> None:
     await stream.send(End())
 
 
+@pytest.mark.parametrize("attempt", range(20))
+async def test_a_server_s_last_words_arrive_at_a_client_that_goes_on_sending(
+    pair: Pair, attempt: int
+) -> None:
+    """Also what it said shortly before, and when the client's own messages fail first."""
+
+    async def serve(stream: MessageStream) -> None:
+        for message in steps(40):
+            await stream.send(message)
+        raise InvalidRequest("no such thing", param="thing")
+
+    stream = await pair.open(serve)
+
+    async def send_until_broken() -> None:
+        while True:
+            await stream.send(OPEN)
+            await asyncio.sleep(0)
+
+    sending = asyncio.ensure_future(send_until_broken())
+    await asyncio.sleep(0.001 * attempt)
+    assert await receive_all(stream) == [*steps(40), End(FAILURE)]
+    with pytest.raises(StreamBroken):
+        await sending
+
+
 async def test_nothing_is_logged_when_both_sides_end(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     stream = await pair.open(echo)
