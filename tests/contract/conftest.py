@@ -9,7 +9,7 @@ import pytest
 from pdserve.contract.ports import Rpc
 from pdserve.rpc.grpc_rpc import GrpcRpc
 from pdserve.rpc.memory_rpc import MemoryNetwork, MemoryRpc
-from tests.contract.rpc_pair import Pair
+from tests.contract.rpc_pair import Pair, no_new_tasks
 
 
 @pytest.fixture(params=["memory", "grpc"])
@@ -26,11 +26,3 @@ async def pair(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture)
     await pair.close()
     await no_new_tasks(before)
     assert not [record for record in caplog.get_records("call") if record.levelno >= logging.WARNING]
-
-
-async def no_new_tasks(before: "set[asyncio.Task[object]]") -> None:
-    """Closing has ended every task; gRPC's own need some turns of the loop to notice."""
-    left = asyncio.all_tasks() - before - {asyncio.current_task()}
-    if left:
-        await asyncio.wait(left, timeout=5)
-    assert not {task for task in left if not task.done()}

@@ -1,6 +1,8 @@
 """A client and a server of either Rpc, and the handlers and messages that its tests use."""
 
 import asyncio
+import itertools
+import os
 from collections.abc import Awaitable, Callable
 
 from pdserve.contract.errors import ErrorCode, ErrorInfo
@@ -12,6 +14,9 @@ MIB = 1024 * 1024
 OPEN = SessionOpen(RouterId("router-0"), Incarnation(1), Incarnation(2))
 READY = SessionReady(Incarnation(2))
 FAILURE = ErrorInfo(ErrorCode.INVALID_REQUEST, "no such thing", None, "thing")
+TASKS_END_WITHIN_S = 5.0
+
+_own_ports = itertools.count(20_000)
 
 
 class Pair:
@@ -53,6 +58,21 @@ class Recorder:
             self.outcome.set_result(failure)
             raise
         self.outcome.set_result(None)
+
+
+def own_address() -> str:
+    """An address that nobody else takes while nothing of ours listens there: each process has a loopback host
+    of its own, and no port of the system's choice is that low."""
+    pid = os.getpid()
+    return f"127.{64 + (pid >> 16)}.{pid >> 8 & 255}.{pid & 255}:{next(_own_ports)}"
+
+
+async def no_new_tasks(before: "set[asyncio.Task[object]]") -> None:
+    """Closing has ended every task; gRPC's own end when its threads have said so."""
+    left = asyncio.all_tasks() - before - {asyncio.current_task()}
+    if left:
+        await asyncio.wait(left, timeout=TASKS_END_WITHIN_S)
+    assert not [task for task in left if not task.done()]
 
 
 async def receive_all(stream: MessageStream) -> list[Message]:

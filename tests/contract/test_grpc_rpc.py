@@ -17,7 +17,7 @@ from pdserve.contract.errors import StreamBroken
 from pdserve.contract.ids import Incarnation, RouterId
 from pdserve.contract.messages import End, SessionOpen, SessionReady
 from pdserve.contract.ports import Call, MessageStream
-from pdserve.rpc.channel import CHANNEL_OPTIONS, PEER_LOST_S
+from pdserve.rpc.channel import CHANNEL_OPTIONS
 from pdserve.rpc.convert import SERVICE, codec_for
 from pdserve.rpc.grpc_rpc import GrpcRpc
 from pdserve.rpc.stream import Direction
@@ -165,7 +165,7 @@ async def test_an_idle_stream_and_a_client_that_pings_each_second_stay(rpc: Grpc
         eager = raw_session(channel)
         await eager.write(UP.encode(OPEN)[0])
         await eager.read()
-        await asyncio.sleep(2 * PEER_LOST_S + 1)
+        await asyncio.sleep(DEAD_WITHIN_S)  # whatever keepalive ends would have ended by now
         await idle.send(OPEN)
         assert await idle.receive() == READY
         await eager.write(UP.encode(End())[0])

@@ -18,6 +18,7 @@ from tests.contract.rpc_pair import (
     echo,
     echo_bytes,
     numbered,
+    own_address,
     receive_all,
     steps,
     wait_forever,
@@ -245,7 +246,7 @@ async def test_nothing_is_logged_when_both_sides_end(pair: Pair, caplog: pytest.
 
 
 async def test_nobody_at_the_address(pair: Pair) -> None:
-    server = await pair.serve(echo)
+    server = await pair.serve(echo, address=own_address())
     await server.stop(0)
     stream = await pair.client.open(server.address, Call.SESSION)
     with pytest.raises(StreamBroken):

@@ -26,6 +26,7 @@ from pdserve.handoff.transports.base import LocalSide, SegmentReceiver, SegmentS
 from pdserve.handoff.transports.negotiation import Transports
 from pdserve.rpc.grpc_rpc import GrpcRpc
 from pdserve.rpc.memory_rpc import MemoryNetwork, MemoryRpc
+from tests.contract.rpc_pair import no_new_tasks
 
 POOL_FILE = "transport-test-pool"
 
@@ -199,14 +200,7 @@ class World:
             await story(pair)
         finally:
             await pair.close()
-            await no_tasks_left()
-
-
-async def no_tasks_left() -> None:
-    left = asyncio.all_tasks() - {asyncio.current_task()}
-    for _ in range(5):
-        await asyncio.sleep(0)
-    assert not [task for task in left if not task.done()]
+            await no_new_tasks(set())
 
 
 @contextlib.contextmanager
