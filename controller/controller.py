@@ -5,16 +5,20 @@ Knows Ray only as `pools.Processes`.
 
 import asyncio
 import contextlib
+from collections import deque
+from dataclasses import replace
 
 from controller.plan import Deployment
 from controller.pools import ProcessEnded, Processes, Slot
-from controller.status import ROUTER_POOL, ProcessState, SystemState, SystemStatus
+from controller.status import ROUTER_POOL, ProcessState, ProcessStatus, SystemState, SystemStatus
 from pdserve.contract.messages import Member, Members
 from pdserve.contract.ports import Clock
 from pdserve.tasks import cancel_and_wait
 
 REPORT_TIMEOUT_S = 2.0
 """How long status waits for a process that does not answer."""
+MAX_NEWS = 1000
+"""Changes that are kept for followers; a launcher looks after every one."""
 
 
 class Controller:
@@ -26,6 +30,8 @@ class Controller:
         self._was_ready = False
         self._is_stopped = False
         self._changed = asyncio.Event()
+        self._news: deque[tuple[int, ProcessStatus]] = deque(maxlen=MAX_NEWS)  # (version, what it brought)
+        self._noted: dict[str, tuple[ProcessState, str]] = {}  # process id -> the last of its news
         self._members = Members(-1, ())
         self._told: dict[str, int] = {}  # router id -> epoch that it was sent last
         self._connected: dict[str, int] = {}  # router id -> epoch in which it reaches all workers
@@ -41,10 +47,12 @@ class Controller:
         self._slots[process_id].tell(message)
 
     async def follow(self, seen: int) -> SystemStatus:
-        """The status as soon as its version is above `seen`; processes are not asked."""
+        """The status as soon as its version is above `seen`, with the news since then; processes are not
+        asked."""
         while self._version <= seen:
             await self._changed.wait()
-        return self._status()
+        news = tuple(process for version, process in self._news if version > seen)
+        return replace(self._status(), news=news)
 
     async def status(self) -> SystemStatus:
         """The status with fresh reports of all processes that answer."""
@@ -74,8 +82,15 @@ class Controller:
             self._tell_routers()
         self._was_ready = self._was_ready or self._is_ready()
         self._version += 1
+        self._note_news()
         self._changed.set()
         self._changed = asyncio.Event()
+
+    def _note_news(self) -> None:
+        for process in (slot.status for slot in self._slots.values()):
+            if self._noted.get(process.id) != (process.state, process.message):
+                self._noted[process.id] = (process.state, process.message)
+                self._news.append((self._version, process))
 
     def _update_members(self) -> None:
         """Take over who is ready. Nobody is let go before it is known who lives, so a controller that was

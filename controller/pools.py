@@ -8,7 +8,7 @@ pending -> starting -> ready -> lost -> pending ...
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from controller.status import ProcessReport, ProcessSpec, ProcessState, ProcessStatus
@@ -17,10 +17,12 @@ from pdserve.contract.ports import Clock
 
 log = logging.getLogger(__name__)
 
-RECENT_S = 120.0
-"""Deaths within this time count together."""
-MAX_RECENT_DEATHS = 4
-"""One more ends the attempts."""
+STABLE_S = 120.0
+"""A process that has served so long starts the count of deaths anew."""
+MAX_DEATHS = 5
+"""So many in a row end the attempts, however long each start takes."""
+MAX_FIRST_DEATHS = 2
+"""The same where no process of the slot has ever served: the start of a system fails soon, with the cause."""
 FIRST_DELAY_S = 1.0
 """Before the second replacement; doubles with each further one. The first comes at once."""
 
@@ -81,17 +83,26 @@ class Processes(Protocol):
 
 @dataclass(slots=True)
 class DeathRecord:
-    """When a slot's process died, and what follows from it. Pure."""
+    """How often a slot's process died in a row, and what follows from it. Pure."""
 
-    died_at: list[float] = field(default_factory=list)
+    num_deaths: int = 0
+    """Since a process last served for `STABLE_S`."""
+    has_served: bool = False
+    """A process of the slot has been ready once."""
 
-    def note(self, now: float) -> float | None:
-        """Count a death; seconds to wait before the next start, None to give up."""
-        self.died_at = [then for then in self.died_at if now - then < RECENT_S] + [now]
-        num_recent = len(self.died_at)
-        if num_recent > MAX_RECENT_DEATHS:
+    def note(self, served_s: float | None) -> float | None:
+        """Count the death of a process that served for `served_s`, None when it died before that; seconds to
+        wait before the next start, None to give up."""
+        self.has_served |= served_s is not None
+        self.num_deaths = 1 if (served_s or 0.0) >= STABLE_S else self.num_deaths + 1
+        if self.num_deaths >= (MAX_DEATHS if self.has_served else MAX_FIRST_DEATHS):
             return None
-        return 0.0 if num_recent == 1 else FIRST_DELAY_S * 2.0 ** (num_recent - 2)
+        return 0.0 if self.num_deaths == 1 else FIRST_DELAY_S * 2.0 ** (self.num_deaths - 2)
+
+    def describe(self) -> str:
+        """For whoever reads why it was given up."""
+        when = f"none having served for {STABLE_S:g} s" if self.has_served else "before it could serve"
+        return f"it died {self.num_deaths} times in a row, {when}"
 
 
 class Slot:
@@ -119,6 +130,7 @@ class Slot:
         self._placement_timeout_s = placement_timeout_s
         self._changed = changed
         self._deaths = DeathRecord()
+        self._ready_at: float | None = None
 
     @property
     def status(self) -> ProcessStatus:
@@ -135,10 +147,13 @@ class Slot:
             try:
                 await self._live(process or self._processes.create(self.spec, self.previous))
             except StartRefused as error:
-                return self._set(ProcessState.FAILED, str(error))
+                if not self._deaths.has_served:
+                    return self._set(ProcessState.FAILED, str(error))
+                reason = str(error)  # it could be started once, so what is in its way now may pass
             except ProcessEnded as error:
-                if not await self._pause(str(error)):
-                    return None
+                reason = str(error)
+            if not await self._pause(reason):
+                return None
             process = None
             self.num_restarts += 1
 
@@ -172,6 +187,7 @@ class Slot:
             self._set(ProcessState.STARTING)
             self.last_report = await process.start()
             self.is_settled = True
+            self._ready_at = self._clock.now()
             self._set(ProcessState.READY)
             raise ProcessEnded(await process.ended())
         except (ProcessEnded, StartRefused):
@@ -197,10 +213,11 @@ class Slot:
     async def _pause(self, reason: str) -> bool:
         """Wait before the next start; False when there is to be none."""
         log.warning("%s ended: %s", self.spec.id, reason)
-        delay_s = self._deaths.note(self._clock.now())
+        served_s = None if self._ready_at is None else self._clock.now() - self._ready_at
+        self._ready_at = None
+        delay_s = self._deaths.note(served_s)
         if delay_s is None:
-            num = len(self._deaths.died_at)
-            self._set(ProcessState.FAILED, f"it died {num} times within {RECENT_S:g} s, last: {reason}")
+            self._set(ProcessState.FAILED, f"{self._deaths.describe()}; the last time: {reason}")
             return False
         self._set(ProcessState.LOST, reason)
         await self._clock.sleep(delay_s)

@@ -115,6 +115,9 @@ class SystemStatus:
     state: SystemState
     model: str
     processes: tuple[ProcessStatus, ...] = field(default=())
+    news: tuple[ProcessStatus, ...] = field(default=())
+    """For a follower: every state and message that a process has had since the follower looked last, oldest
+    first. Some last for no longer than a turn of the controller's loop."""
 
     @property
     def routers(self) -> list[ProcessStatus]:

@@ -43,7 +43,8 @@ class Progress:
         say(f"[{time.monotonic() - self._started_at:5.1f} s] {what}")
 
     def show(self, status: SystemStatus) -> None:
-        for process in status.processes:
+        """What has happened since the last time."""
+        for process in status.news:
             line = describe(process)
             if self._said.get(process.id) != line and process.state is not ProcessState.PENDING:
                 self._said[process.id] = line

@@ -107,7 +107,7 @@ def a_process(pool: str, state: ProcessState, message: str = "") -> ProcessStatu
 
 
 def a_system(*processes: ProcessStatus) -> SystemStatus:
-    return SystemStatus(1, "default", SystemState.READY, "a-model", processes)
+    return SystemStatus(1, "default", SystemState.READY, "a-model", processes, news=processes)
 
 
 def test_json_has_every_field() -> None:

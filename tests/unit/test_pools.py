@@ -8,7 +8,7 @@ import pytest
 
 from controller.controller import Controller
 from controller.plan import Deployment, ModelSource
-from controller.pools import MAX_RECENT_DEATHS, RECENT_S, DeathRecord, ProcessEnded, StartRefused
+from controller.pools import MAX_DEATHS, MAX_FIRST_DEATHS, STABLE_S, DeathRecord, ProcessEnded, StartRefused
 from controller.status import ProcessReport, ProcessSpec, ProcessState, SystemState, SystemStatus
 from pdserve.clock import VirtualClock, run_virtual
 from pdserve.config import load_config
@@ -28,6 +28,8 @@ class FakeProcess:
         self.missing = ""
         self.previous: ProcessReport | None = None
         self.refusal = ""
+        self.fatal = ""
+        self.start_s = START_S
         self.is_killed = False
         self.is_stopped = False
         self._over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -45,7 +47,9 @@ class FakeProcess:
     async def start(self) -> ProcessReport:
         if self.refusal:
             raise StartRefused(self.refusal)
-        await asyncio.wait({self._over}, timeout=START_S)
+        await asyncio.wait({self._over}, timeout=self.start_s)
+        if self.fatal:
+            self.die(self.fatal)
         return await self.report()
 
     async def ended(self) -> str:
@@ -83,6 +87,8 @@ class FakeProcesses:
         self.made: list[FakeProcess] = []
         self.prepare: dict[str, str] = {}  # id -> refusal
         self.missing: dict[str, str] = {}  # id -> shortage
+        self.fatal: dict[str, str] = {}  # id -> what ends it while it starts
+        self.start_s = START_S
         self._left_behind = left_behind
 
     def __getitem__(self, process_id: str) -> FakeProcess:
@@ -103,6 +109,8 @@ class FakeProcesses:
         process = FakeProcess(spec, number)
         process.refusal = self.prepare.get(spec.id, "")
         process.missing = self.missing.get(spec.id, "")
+        process.fatal = self.fatal.get(spec.id, "")
+        process.start_s = self.start_s
         process.previous = previous
         self.made.append(process)
         return process
@@ -194,20 +202,99 @@ def test_a_dead_router_is_replaced_and_told_who_is_there() -> None:
     virtually(scenario())
 
 
-def test_a_worker_that_dies_again_and_again_is_given_up_with_the_reason() -> None:
+@pytest.mark.parametrize("start_s", [START_S, 10 * STABLE_S])
+def test_a_worker_that_dies_again_and_again_is_given_up_with_the_reason(start_s: float) -> None:
     async def scenario() -> None:
         processes = FakeProcesses()
+        processes.start_s = start_s
         controller = Controller(deployment(), processes, VirtualClock())
         await follow_until(controller, SystemState.READY)
-        for _ in range(MAX_RECENT_DEATHS + 1):
+        for _ in range(MAX_DEATHS):
             processes["decode-0"].die("out of memory")
             await follow_until(controller, SystemState.DEGRADED)
-            await asyncio.sleep(START_S + 10)
+            await asyncio.sleep(start_s + 10)
         status = await controller.status()
         assert status.failed is not None
         assert status.failed.id == "decode-0"
         assert "out of memory" in status.failed.message
-        assert f"{MAX_RECENT_DEATHS + 1} times" in status.failed.message
+        assert f"{MAX_DEATHS} times in a row, none having served for" in status.failed.message
+        await controller.shut_down()
+
+    virtually(scenario())
+
+
+def test_a_worker_that_dies_now_and_then_is_always_replaced() -> None:
+    async def scenario() -> None:
+        processes = FakeProcesses()
+        controller = Controller(deployment(), processes, VirtualClock())
+        for num_restarts in range(3 * MAX_DEATHS):
+            ready = await follow_until(controller, SystemState.READY)
+            assert ready.workers[1].num_restarts == num_restarts
+            await asyncio.sleep(STABLE_S)
+            processes["decode-0"].die()
+            await follow_until(controller, SystemState.DEGRADED)
+        await controller.shut_down()
+
+    virtually(scenario())
+
+
+@pytest.mark.parametrize("start_s", [START_S, 10 * STABLE_S])
+def test_a_worker_that_dies_while_the_system_starts_soon_fails_the_start(start_s: float) -> None:
+    async def scenario() -> None:
+        processes = FakeProcesses()
+        processes.start_s = start_s
+        processes.fatal["decode-0"] = "out of memory"
+        controller = Controller(deployment(), processes, VirtualClock())
+        status = await follow_until(controller, SystemState.FAILED)
+        assert status.failed is not None
+        assert status.failed.message == (
+            f"it died {MAX_FIRST_DEATHS} times in a row, before it could serve; the last time: out of memory"
+        )
+        assert len([process for process in processes.made if process.spec.id == "decode-0"]) == 2
+        await controller.shut_down()
+
+    virtually(scenario())
+
+
+def test_what_keeps_a_replacement_from_starting_may_pass() -> None:
+    """The first start of a slot is refused for good; a later one is tried again."""
+
+    async def scenario() -> None:
+        processes = FakeProcesses()
+        controller = Controller(deployment(), processes, VirtualClock())
+        ready = await follow_until(controller, SystemState.READY)
+        processes.prepare["decode-0"] = "the hub cannot be reached"
+        processes["decode-0"].die()
+        lost = await controller.follow(ready.version)
+        while lost.workers[1].message != "the hub cannot be reached":
+            lost = await controller.follow(lost.version)
+        assert lost.workers[1].state is ProcessState.LOST
+        processes.prepare.clear()
+        again = await follow_until(controller, SystemState.READY)
+        assert again.workers[1].num_restarts == 2
+        await controller.shut_down()
+
+    virtually(scenario())
+
+
+def test_a_follower_who_looks_late_hears_of_everything_that_happened() -> None:
+    async def scenario() -> None:
+        processes = FakeProcesses()
+        controller = Controller(deployment(), processes, VirtualClock())
+        ready = await follow_until(controller, SystemState.READY)
+        processes["decode-0"].die("killed")
+        await asyncio.sleep(START_S / 2)
+        controller.tell("decode-0", "loading weights")
+        await asyncio.sleep(START_S)
+        status = await controller.follow(ready.version)
+        assert [(news.id, news.state, news.message) for news in status.news] == [
+            ("decode-0", ProcessState.LOST, "killed"),
+            ("decode-0", ProcessState.PENDING, ""),
+            ("decode-0", ProcessState.STARTING, ""),
+            ("decode-0", ProcessState.STARTING, "loading weights"),
+            ("decode-0", ProcessState.READY, ""),
+        ]
+        assert [news.num_restarts for news in status.news] == [0, 1, 1, 1, 1]
         await controller.shut_down()
 
     virtually(scenario())
@@ -338,14 +425,15 @@ def test_progress_is_shown_while_a_process_starts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("died_at", "delays"),
+    ("served_s", "delays"),
     [
-        ([0.0], [0.0]),
-        ([0.0, 1.0, 2.0, 3.0], [0.0, 1.0, 2.0, 4.0]),
-        ([0.0, 1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 2.0, 4.0, None]),
-        ([0.0, RECENT_S, 2 * RECENT_S], [0.0, 0.0, 0.0]),
+        ([None, None], [0.0, None]),
+        ([0.0, None, 1.0, None], [0.0, 1.0, 2.0, 4.0]),
+        ([0.0, None, None, None, None], [0.0, 1.0, 2.0, 4.0, None]),
+        ([0.0, None, STABLE_S, None, 2 * STABLE_S], [0.0, 1.0, 0.0, 1.0, 0.0]),
+        ([None, 0.0, None], [0.0, 1.0, 2.0]),
     ],
 )
-def test_delays_grow_with_recent_deaths_only(died_at: list[float], delays: list[float | None]) -> None:
+def test_delays_grow_with_deaths_in_a_row(served_s: list[float | None], delays: list[float | None]) -> None:
     record = DeathRecord()
-    assert [record.note(now) for now in died_at] == delays
+    assert [record.note(served) for served in served_s] == delays
