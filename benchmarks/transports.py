@@ -152,7 +152,6 @@ def _prefill_open(transports: Transports) -> PrefillOpen:
         fingerprint="",
         tokens=b"",
         num_prompt_tokens=0,
-        held_blocks=0,
         transports=transports.offers(),
         sampling=None,
     )

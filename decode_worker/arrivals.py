@@ -96,13 +96,11 @@ class Arrivals:
             fingerprint=self._info.fingerprint,
             tokens=request.prefill_tokens,
             num_prompt_tokens=request.num_prompt,
-            held_blocks=len(request.hold.block_ids),
             transports=self._transports.offers(),
             sampling=submit.sampling if request.prefill_samples else None,
             seed=submit.seed,
             cache_salt=submit.cache_salt,
             priority=submit.priority,
-            deadline_ms=submit.deadline_ms,
         )
 
     def _failed(self, request: DecodeRequest, source: PrefillSource, error: ErrorInfo) -> None:

@@ -1,7 +1,7 @@
 """The engine loop of a decode worker: admit, schedule, run, publish."""
 
 import asyncio
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 from decode_worker.arrivals import Arrivals
@@ -9,7 +9,15 @@ from decode_worker.request import DecodeRequest, Phase, TokenSink
 from decode_worker.room import LiveRequests, Room, RoomSettings
 from decode_worker.scheduler import plan_chunks
 from pdserve.contract.block_names import ChainRoot
-from pdserve.contract.errors import ErrorCode, ErrorInfo, PdserveError, Preempted, RequestTooLong, Unavailable
+from pdserve.contract.errors import (
+    DeadlineExceeded,
+    ErrorCode,
+    ErrorInfo,
+    PdserveError,
+    Preempted,
+    RequestTooLong,
+    Unavailable,
+)
 from pdserve.contract.ids import SubmitNumber, WorkerId
 from pdserve.contract.messages import Failed, Refused, Submit, TokenEvent
 from pdserve.contract.ports import Clock, EngineExecutor, Rpc
@@ -141,10 +149,6 @@ class DecodeLoop:
         return self._requests.in_phase(phase)
 
     @property
-    def num_requests(self) -> int:
-        return len(self._requests)
-
-    @property
     def running_sequences(self) -> int:
         return len(self.in_phase(Phase.DECODING))
 
@@ -154,7 +158,8 @@ class DecodeLoop:
 
     @property
     def waiting_requests(self) -> int:
-        return len(self._requests) - self.running_sequences + len(self._calls.in_state(JobState.QUEUED))
+        """Those that are not in the running batch yet, and other workers' prompts whose turn has not come."""
+        return len(self._requests) - self.running_sequences + self._calls.num_waiting_requests
 
     @property
     def waiting_tokens(self) -> int:
@@ -169,16 +174,32 @@ class DecodeLoop:
         try:
             while True:
                 self._work.clear()
+                self._end_overdue()
                 self._admit()
                 plan = self._schedule()
                 if plan:
                     self._publish(plan, await self._step(plan))
                 else:
-                    await self._work.wait()
+                    await self._until_work()
         finally:
             for request in self._requests:
                 self._end(request, ErrorCode.UNAVAILABLE.value)
             await self._arrivals.over()
+
+    def _end_overdue(self) -> None:
+        """End the requests whose deadline has passed, in whatever phase, also when their router is silent."""
+        now = self._clock.now()
+        for request in self._requests:
+            if request.deadline_at is not None and request.deadline_at <= now:
+                self._fail(request, DeadlineExceeded("the request's deadline has passed").info)
+
+    async def _until_work(self) -> None:
+        """Until somebody brings work, or a deadline passes."""
+        deadlines = [request.deadline_at for request in self._requests if request.deadline_at is not None]
+        wait_s = min(deadlines) - self._clock.now() if deadlines else None
+        with suppress(TimeoutError):
+            async with self._clock.timeout(wait_s):
+                await self._work.wait()
 
     def _admit(self) -> None:
         """Reserve for the oldest local prompts, and for the next prompt of another worker."""
@@ -251,6 +272,7 @@ class DecodeLoop:
         if request.phase is Phase.PREFILLING and stop == request.num_to_prefill:
             request.start_decoding()
         if sampled is not None:
+            self._metrics.generated_tokens.inc()
             self._emit(request, sampled)
             plan.sinks.add(request.sink)
 
@@ -258,6 +280,7 @@ class DecodeLoop:
         if job not in self._calls.jobs:  # its call ended during the step
             return
         job.advance(stop, sampled, self._info.eos_token_ids, self._clock.now())
+        self._metrics.generated_tokens.inc(sampled is not None)
 
     # The life of one request.
 
@@ -269,10 +292,10 @@ class DecodeLoop:
             return RequestTooLong(
                 f"{most_tokens} tokens exceed the model's length of {self._info.max_model_len}"
             )
-        capacity = self._info.num_blocks * self._info.block_size
-        if most_tokens > capacity:
+        pool_tokens = self._info.pool_tokens
+        if most_tokens > pool_tokens:
             return RequestTooLong(
-                f"{most_tokens} tokens do not fit {self._worker_id}'s KV pool of {capacity} tokens"
+                f"{most_tokens} tokens do not fit {self._worker_id}'s KV pool of {pool_tokens} tokens"
             )
         return None
 
@@ -289,7 +312,6 @@ class DecodeLoop:
     def _emit(self, request: DecodeRequest, sampled: SampledToken) -> None:
         index = request.num_output
         request.append(sampled, self._info.eos_token_ids)
-        self._metrics.generated_tokens.inc()
         logprobs: tuple[TokenLogprobs, ...] = (sampled.logprobs,) if sampled.logprobs else ()
         event = TokenEvent(request.number, index, pack_tokens((sampled.token,)), logprobs, request.finish)
         is_first = index == request.num_known_output

@@ -74,6 +74,7 @@ class DecodeRequest:
         self.hold = hold
         self.phase = Phase.WAITING
         self.arrived_at = now
+        self.deadline_at = None if submit.deadline_ms is None else now + submit.deadline_ms / 1000
         self.no_room_since: float | None = None
         """Since when it has been told that there is no room."""
         self.tokens = bytearray(submit.prompt_tokens + submit.known_output_tokens)
@@ -126,11 +127,6 @@ class DecodeRequest:
     def num_blocks_needed(self) -> int:
         """To compute every token that is known now."""
         return blocks_for(self.num_tokens, self._block_size)
-
-    @property
-    def most_tokens(self) -> int:
-        """Prompt and output together when the request runs to max_tokens."""
-        return self.num_prompt + self.submit.sampling.max_tokens
 
     @property
     def ended(self) -> bool:

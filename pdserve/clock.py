@@ -48,9 +48,6 @@ class SystemRng:
     def random_bits(self, num_bits: int) -> int:
         return self._random.getrandbits(num_bits)
 
-    def choose_index(self, length: int) -> int:
-        return self._random.randrange(length)
-
 
 class SeededRng:
     """The same sequence for the same seed."""
@@ -60,9 +57,6 @@ class SeededRng:
 
     def random_bits(self, num_bits: int) -> int:
         return self._random.getrandbits(num_bits)
-
-    def choose_index(self, length: int) -> int:
-        return self._random.randrange(length)
 
 
 class VirtualDeadlock(RuntimeError):

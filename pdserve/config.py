@@ -192,6 +192,9 @@ class LimitsConfig(_Section):
     """Messages of one chat."""
     max_body_bytes: Bytes = 32 * 2**20
     """Size of a request's body."""
+    max_unread_tokens: Positive = 4096
+    """Tokens of one choice that may wait until its client reads on, beyond what the connection itself holds.
+    A client that lets more pile up is cut."""
 
 
 class RouterConfig(_Section):

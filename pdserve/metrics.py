@@ -37,7 +37,10 @@ class WorkerMetrics:
                 **self._labels
             )
 
-        self.waiting_requests = gauge("waiting_requests", "Requests that wait for their turn or for blocks.")
+        self.waiting_requests = gauge(
+            "waiting_requests",
+            "Requests not in the running batch yet: they wait for their turn, for blocks or for their KV.",
+        )
         self.backlog_tokens = gauge("backlog_tokens", "Prompt tokens still to be computed here.")
         self.active_sequences = gauge("active_sequences", "Sequences in the running batch.")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens computed here.")
@@ -57,7 +60,7 @@ class WorkerMetrics:
         )
         self._requests = Counter(
             "pdserve_worker_requests",
-            "Requests that ended here, by outcome.",
+            "Requests that ended here, by outcome; cancelled: the router did not want it any more.",
             ["pool", "outcome"],
             registry=registry,
         )
@@ -140,13 +143,13 @@ class RouterMetrics:
         )
         self.time_to_first_token = Histogram(
             "pdserve_time_to_first_token_seconds",
-            "From admission to the first output token.",
+            "From admission to the arrival of the first output token at the router.",
             buckets=_LATENCY_S,
             registry=registry,
         )
         self.inter_token = Histogram(
             "pdserve_inter_token_seconds",
-            "Between two output tokens of one request.",
+            "Between the arrival of two output tokens of one request at the router.",
             buckets=_STEP_S,
             registry=registry,
         )
@@ -157,7 +160,10 @@ class RouterMetrics:
             registry=registry,
         )
         self._requests = Counter(
-            "pdserve_router_requests", "Requests that ended, by outcome.", ["outcome"], registry=registry
+            "pdserve_router_requests",
+            "Requests that ended, by outcome; cancelled: the client left, or its stop string was found.",
+            ["outcome"],
+            registry=registry,
         )
         self._recoveries = Counter(
             "pdserve_router_recoveries",
@@ -174,6 +180,11 @@ class RouterMetrics:
             ["api", "code", "status"],
             registry=registry,
         )
+
+    def observe_inter_token(self, seconds: float, num_tokens: int) -> None:
+        """`num_tokens` have come together `seconds` after the one before them: each took its part of that."""
+        for _ in range(num_tokens):
+            self.inter_token.observe(seconds / num_tokens)
 
     def count_end(self, outcome: str) -> None:
         """`outcome` is a finish reason or an error code."""

@@ -62,7 +62,7 @@ class PrefillLoop:
 
     @property
     def waiting_requests(self) -> int:
-        return len(self._source.in_state(JobState.QUEUED))
+        return self._source.num_waiting_requests
 
     async def run(self) -> None:
         """Until cancelled."""

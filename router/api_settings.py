@@ -23,6 +23,9 @@ class ApiLimits:
     """OpenAI stops at 2; other servers take any value, and high ones are useful for testing samplers."""
     max_messages: int = 4096
     max_body_bytes: int = 32 * 1024 * 1024
+    max_unread_tokens: int = 4096
+    """Tokens of one choice that may wait, beyond what the connection itself buffers, until its client reads
+    on. A client that lets more pile up is cut."""
 
 
 @dataclass(frozen=True, slots=True)

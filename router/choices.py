@@ -1,25 +1,29 @@
 """Running the choices of a job: tokens from the desk become pieces of text, many streams become one.
 
-Whoever stops iterating closes every stream at once, and with it the work behind it everywhere.
+Each choice has a task that reads its tokens as they come and never waits for the client (`router.unread`), so
+deadlines are kept and slow clients noticed also while a write to the client is blocked: the block of
+`running_job` is interrupted then. Leaving it closes every stream at once, and with it the work behind it
+everywhere.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
-from pdserve.contract.errors import StreamBroken
+from pdserve.contract.errors import ClientTooSlow, DeadlineExceeded, StreamBroken
 from pdserve.contract.ids import RequestId
 from pdserve.contract.messages import RequestTimings
+from pdserve.contract.ports import Clock
 from pdserve.contract.sampling import FinishReason
 from pdserve.contract.tokens import BYTES_PER_TOKEN, TokenBytes, num_tokens, slice_tokens, unpack_tokens
 from pdserve.contract.work import TokenLogprobs
+from pdserve.tasks import task_scope
 from router.detokenize import CONTEXT_TOKENS, OutputText
 from router.intake import ChoiceJob, Job
 from router.requests import Desk, OutputDelta
 from router.text import TextModel
-
-_QUEUED_PIECES_PER_CHOICE = 8
+from router.unread import Unread
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,37 +40,86 @@ class ChoicePiece:
     timings: RequestTimings | None = None
 
 
-async def stream_job(
-    desk: Desk, job: Job, request_ids: Sequence[RequestId], text_model: TextModel
-) -> AsyncGenerator[ChoicePiece, None]:
-    """All choices of a job side by side; each ends with a piece that has `finish`.
+@asynccontextmanager
+async def running_job(
+    desk: Desk,
+    job: Job,
+    request_ids: Sequence[RequestId],
+    text_model: TextModel,
+    max_unread_tokens: int,
+    clock: Clock,
+) -> AsyncIterator[AsyncGenerator[ChoicePiece, None]]:
+    """The pieces of all choices of a job, which run side by side; each choice ends with a piece that has
+    `finish`.
 
-    Raises the first error of any choice, after closing the others.
+    Reading them raises the first error of any choice. The block is interrupted, wherever it waits, with
+    DeadlineExceeded when the job's deadline passes and with ClientTooSlow when more than `max_unread_tokens`
+    of a choice wait to be read.
     """
-    streams = [
-        _stream_choice(desk, request_id, choice, text_model)
-        for request_id, choice in zip(request_ids, job.choices, strict=True)
-    ]
-    merged = streams[0] if len(streams) == 1 else _merge(streams)
-    async with aclosing(merged) as pieces:
-        async for piece in pieces:
-            yield piece
+    started_at = clock.now()
+    unread = Unread(len(job.choices), max_unread_tokens)
+    async with task_scope() as tasks:
+        readers = [
+            tasks.create_task(_read(desk, request_id, choice, unread))
+            for request_id, choice in zip(request_ids, job.choices, strict=True)
+        ]
+        deadline = tasks.create_task(_keep_deadline(job.deadline_s, started_at, clock, readers))
+        async with aclosing(_pieces(job, unread, readers, text_model)) as pieces:
+            yield pieces
+        for task in (deadline, *readers):
+            task.cancel()
 
 
-async def _stream_choice(
-    desk: Desk, request_id: RequestId, choice: ChoiceJob, text_model: TextModel
-) -> AsyncGenerator[ChoicePiece, None]:
-    output = _choice_text(choice, text_model)
+async def _read(desk: Desk, request_id: RequestId, choice: ChoiceJob, unread: Unread) -> None:
+    """Put a choice's tokens where the client takes them. An error follows them there, unless the client must
+    not be waited for any more: that one is raised."""
+    error: Exception | None = None
+    try:
+        await _read_all(desk, request_id, choice, unread)
+    except Exception as failure:
+        error = failure
+        if isinstance(failure, ClientTooSlow | DeadlineExceeded):
+            raise
+    finally:
+        unread.end(error)
+
+
+async def _read_all(desk: Desk, request_id: RequestId, choice: ChoiceJob, unread: Unread) -> None:
     finished = False
     async with aclosing(desk.generate(request_id, choice.request)) as deltas:
         async for delta in deltas:
-            piece = _piece(choice.index, delta, output)
-            finished = piece.finish is not None
-            yield piece
-            if finished and delta.finish is None:  # a stop string was found; the work behind it goes on
-                return
+            unread.put(choice.index, delta)
+            finished = delta.finish is not None
     if not finished:
         raise StreamBroken(f"request {request_id} ended without a reason to finish")
+
+
+async def _keep_deadline(
+    deadline_s: float | None, started_at: float, clock: Clock, readers: Sequence["asyncio.Task[None]"]
+) -> None:
+    """Raises DeadlineExceeded for a client that has not read everything by then. Until all is generated, the
+    journeys keep the deadline themselves."""
+    if deadline_s is None:
+        return
+    await asyncio.wait(readers)
+    await clock.sleep(started_at + deadline_s - clock.now())
+    raise DeadlineExceeded("the request's deadline has passed before its client had read the answer")
+
+
+async def _pieces(
+    job: Job, unread: Unread, readers: Sequence["asyncio.Task[None]"], text_model: TextModel
+) -> AsyncGenerator[ChoicePiece, None]:
+    outputs = [_choice_text(choice, text_model) for choice in job.choices]
+    stopped: set[int] = set()
+    while (taken := await unread.take()) is not None:
+        index, delta = taken
+        if index in stopped:
+            continue
+        piece = _piece(index, delta, outputs[index])
+        if piece.finish is not None:
+            stopped.add(index)
+            readers[index].cancel()  # after a stop string the work behind it goes on
+        yield piece
 
 
 def _choice_text(choice: ChoiceJob, text_model: TextModel) -> OutputText:
@@ -92,37 +145,3 @@ def _piece(index: int, delta: OutputDelta, output: OutputText) -> ChoicePiece:
     finish = FinishReason.STOP if added.stopped else delta.finish
     logprobs = delta.logprobs[: added.num_tokens]
     return ChoicePiece(index, added.text, tokens, logprobs, added.offsets, finish, delta.timings)
-
-
-async def _merge(streams: Sequence[AsyncGenerator[ChoicePiece, None]]) -> AsyncGenerator[ChoicePiece, None]:
-    queue: _Queue = asyncio.Queue(_QUEUED_PIECES_PER_CHOICE * len(streams))
-    tasks = [asyncio.create_task(_drain(stream, queue)) for stream in streams]
-    try:
-        running = len(tasks)
-        while running:
-            item = await queue.get()
-            if isinstance(item, ChoicePiece):
-                yield item
-            elif item is None:
-                running -= 1
-            else:
-                raise item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _drain(stream: AsyncGenerator[ChoicePiece, None], queue: "_Queue") -> None:
-    """Move one stream into the queue, then None; an error travels the same way and is raised there."""
-    try:
-        async with aclosing(stream) as pieces:
-            async for piece in pieces:
-                await queue.put(piece)
-    except Exception as error:  # noqa: BLE001  # carried to the task that reads the queue
-        await queue.put(error)
-    else:
-        await queue.put(None)
-
-
-_Queue = asyncio.Queue[ChoicePiece | Exception | None]

@@ -7,8 +7,9 @@ what it has just sent somewhere, because a worker's report about it comes a mome
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from pdserve.contract.ids import BlockHash, WorkerId
+from pdserve.contract.ids import BlockHash, SubmitNumber, WorkerId
 from pdserve.contract.messages import Hello, Member, Members, Report, Role, WorkerLoad, WorkerState
 from pdserve.contract.work import ModelInfo
 from router.placement import Candidate
@@ -16,6 +17,14 @@ from router.prefix_index import PrefixIndex
 
 PAIR_TIMEOUT_S = 5.0
 """How long a pair whose hand-off failed is not used."""
+
+
+class Booked(NamedTuple):
+    """What one attempt has sent to a worker."""
+
+    num_tokens: int
+    number: SubmitNumber | None = None
+    """Of the Submit that a decode worker got; a prefill worker hears of the attempt from that worker."""
 
 
 @dataclass(slots=True, eq=False)
@@ -30,8 +39,8 @@ class WorkerView:
     """Its streams are open: Watch, and for decode workers the Session."""
     indexed: bool = False
     """The prefix index counts what it holds."""
-    booked_tokens: dict[object, int] = field(default_factory=dict)
-    """Attempt -> tokens sent here whose work is not done yet."""
+    booked: dict[object, Booked] = field(default_factory=dict)
+    """Attempt -> what of it was sent here and is not done yet."""
 
     @property
     def usable(self) -> bool:
@@ -40,14 +49,24 @@ class WorkerView:
 
     @property
     def queued_tokens(self) -> int:
-        """The larger of what the worker reports and what this router has sent there: the report is late,
-        and other routers send too."""
-        reported = 0
-        if self.load is not None:
-            reported = self.load.waiting_tokens
-            if self.member.role is not Role.PREFILL:
-                reported += self.load.running_context_tokens
-        return max(reported, sum(self.booked_tokens.values()))
+        """What this router has sent since the last report, on top of what was there then: the larger of what
+        the worker reports and what this router had sent it. Other routers send too, and a decode worker does
+        not report prompts that are still computed elsewhere."""
+        booked = sum(each.num_tokens for each in self.booked.values())
+        if self.load is None:
+            return booked
+        reported = self.load.waiting_tokens
+        if self.member.role is not Role.PREFILL:
+            reported += self.load.running_context_tokens
+        sent_since = self._sent_after(self.load.last_submit)
+        return max(reported, booked - sent_since) + sent_since
+
+    def _sent_after(self, last_submit: SubmitNumber) -> int:
+        return sum(
+            each.num_tokens
+            for each in self.booked.values()
+            if each.number is not None and each.number > last_submit
+        )
 
 
 class Fleet:
@@ -113,14 +132,18 @@ class Fleet:
     # What the journey asks.
 
     def model_info(self) -> ModelInfo | None:
-        """Of any worker that has said what it serves; all members serve the same model."""
-        hellos = (view.hello for view in self.workers.values() if view.hello is not None)
-        return next((hello.model for hello in hellos), None)
+        """None before the first worker has said what it serves. All members serve the same model; this is
+        how the worker with the largest pool does: the longest that can be served must fit there."""
+        hellos = [view.hello for view in self.workers.values() if view.hello is not None]
+        decoding = [hello for hello in hellos if hello.role is not Role.PREFILL]
+        models = (hello.model for hello in decoding or hellos)
+        return max(models, key=lambda model: model.pool_tokens, default=None)
 
     def candidates(
-        self, names: Sequence[BlockHash], block_size: int, roles: Sequence[Role]
+        self, names: Sequence[BlockHash], block_size: int, roles: Sequence[Role], num_tokens: int
     ) -> list[Candidate]:
-        """The usable workers of `roles`, with what they hold of a prompt with these block names."""
+        """The usable workers of `roles` whose pool takes `num_tokens`, with what they hold of a prompt with
+        these block names."""
         held = self.index.num_held_blocks(names)
         return [
             Candidate(
@@ -131,6 +154,7 @@ class Fleet:
             )
             for view in self.workers.values()
             if view.usable and view.hello is not None and view.member.role in roles
+            if view.hello.model.pool_tokens >= num_tokens
         ]
 
     def unusable_pairs(self, now: float) -> frozenset[tuple[WorkerId, WorkerId]]:

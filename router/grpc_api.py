@@ -4,9 +4,10 @@ It checks and runs requests with the same code as the HTTP API. A call's deadlin
 that is cancelled, in whatever way, closes the request at once.
 """
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import NoReturn
 
 import grpc
@@ -16,10 +17,11 @@ from pdserve.api.v1 import generate_pb2 as pb
 from pdserve.api.v1 import generate_pb2_grpc as pb_grpc
 from pdserve.clock import LoopClock, SystemRng
 from pdserve.contract.errors import ConfigError, ErrorCode, ErrorInfo, PdserveError, Unavailable
+from pdserve.contract.ids import RequestId
 from pdserve.contract.ports import Clock, Rng
 from pdserve.rpc.channel import SERVER_OPTIONS
 from router.api_settings import ApiSettings, NoObserver, RequestObserver
-from router.choices import stream_job
+from router.choices import ChoicePiece, running_job
 from router.grpc_convert import (
     body_from,
     choice_from,
@@ -51,6 +53,7 @@ _STATUSES = {
     ErrorCode.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
     ErrorCode.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
     ErrorCode.CANCELLED: grpc.StatusCode.ABORTED,
+    ErrorCode.CLIENT_TOO_SLOW: grpc.StatusCode.ABORTED,
     ErrorCode.PREEMPTED: grpc.StatusCode.UNAVAILABLE,
     ErrorCode.WORKER_LOST: grpc.StatusCode.UNAVAILABLE,
     ErrorCode.PREFILL_FAILED: grpc.StatusCode.UNAVAILABLE,
@@ -89,9 +92,10 @@ async def serve_grpc(
     settings = settings or ApiSettings()
     intake = Intake(text_model, settings, rng or SystemRng())
     server = grpc.aio.server(options=SERVER_OPTIONS)
-    generation = _Generation(desk, text_model, intake, settings, observer or NoObserver())
+    clock = clock or LoopClock()
+    generation = _Generation(desk, text_model, intake, settings, observer or NoObserver(), clock)
     pb_grpc.add_GenerationServicer_to_server(generation, server)  # type: ignore[no-untyped-call]  # generated
-    add_health_and_reflection(server, desk, clock or LoopClock(), SERVICE)
+    add_health_and_reflection(server, desk, clock, SERVICE)
     real_port = _listen(server, host, port)
     await server.start()
     return GrpcApi(server, real_port)
@@ -105,12 +109,14 @@ class _Generation(pb_grpc.GenerationServicer):
         intake: Intake,
         settings: ApiSettings,
         observer: RequestObserver,
+        clock: Clock,
     ):
         self._desk = desk
         self._text_model = text_model
         self._intake = intake
         self._settings = settings
         self._observer = observer
+        self._clock = clock
 
     async def Generate(  # noqa: N802  # the service's name for it
         self, request: pb.GenerateRequest, context: _Context
@@ -157,7 +163,7 @@ class _Generation(pb_grpc.GenerationServicer):
         request_ids = [self._desk.new_request_id() for _ in job.choices]
         usage = Usage(job)
         parts: list[list[pb.Choice]] = [[] for _ in job.choices]
-        async with aclosing(stream_job(self._desk, job, request_ids, self._text_model)) as pieces:
+        async with self._running(job, request_ids) as pieces:
             async for piece in pieces:
                 usage.add(piece)
                 so_far = parts[piece.index]
@@ -174,7 +180,7 @@ class _Generation(pb_grpc.GenerationServicer):
         request_ids = [self._desk.new_request_id() for _ in job.choices]
         usage = Usage(job)
         begun: set[int] = set()
-        async with aclosing(stream_job(self._desk, job, request_ids, self._text_model)) as pieces:
+        async with self._running(job, request_ids) as pieces:
             async for piece in pieces:
                 usage.add(piece)
                 chunk = pb.GenerateChunk(id=request_ids[0], model=job.model)
@@ -186,7 +192,15 @@ class _Generation(pb_grpc.GenerationServicer):
                 begun.add(piece.index)
                 if says_something(chunk):
                     await context.write(chunk)
-        await context.write(pb.GenerateChunk(id=request_ids[0], model=job.model, usage=usage_from(usage)))
+            await context.write(pb.GenerateChunk(id=request_ids[0], model=job.model, usage=usage_from(usage)))
+
+    def _running(
+        self, job: Job, request_ids: list[RequestId]
+    ) -> AbstractAsyncContextManager[AsyncGenerator[ChoicePiece, None]]:
+        limits = self._settings.limits
+        return running_job(
+            self._desk, job, request_ids, self._text_model, limits.max_unread_tokens, self._clock
+        )
 
 
 async def _abort(context: _Context, info: ErrorInfo) -> NoReturn:
@@ -197,7 +211,12 @@ async def _abort(context: _Context, info: ErrorInfo) -> NoReturn:
     if info.retry_after_s is not None:
         metadata.append(("retry-after-s", f"{info.retry_after_s:g}"))
     status = _STATUSES.get(info.code, grpc.StatusCode.INTERNAL)
-    await context.abort(status, info.message, tuple(metadata))
+    try:
+        await context.abort(status, info.message, tuple(metadata))
+    except grpc.aio.InternalError:
+        # What was written last is still under way to a client that does not read. gRPC cuts a call whose
+        # handler is cancelled.
+        raise asyncio.CancelledError from None
 
 
 def _listen(server: grpc.aio.Server, host: str, port: int) -> int:

@@ -4,7 +4,8 @@
     GET  /health (the process lives), /ready (requests can be served), /version
 
 Headers: `X-Request-Id` is echoed (our own id when the client sent none); `X-Request-Timeout-Ms` is the
-request's deadline. When the client goes away, at any time, the request is cancelled everywhere at once.
+request's deadline. When the client goes away, at any time, the request is cancelled everywhere at once; one
+that stays and does not read is cut (`ApiLimits.max_unread_tokens`).
 """
 
 import time
@@ -16,9 +17,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 import pdserve
-from pdserve.clock import SystemRng
+from pdserve.clock import LoopClock, SystemRng
 from pdserve.contract.errors import NotFound, PdserveError
-from pdserve.contract.ports import Rng
+from pdserve.contract.ports import Clock, Rng
 from router.api_settings import ApiSettings, NoObserver, RequestObserver
 from router.http_generate import CHAT, COMPLETIONS, GenerateEndpoint
 from router.intake import Intake
@@ -34,14 +35,17 @@ def create_app(
     *,
     observer: RequestObserver | None = None,
     rng: Rng | None = None,
+    clock: Clock | None = None,
 ) -> Starlette:
     """The HTTP API in front of `desk`. `rng` draws the seeds of requests that bring none."""
     settings = settings or ApiSettings()
+    observer = observer or NoObserver()
+    clock = clock or LoopClock()
     intake = Intake(text_model, settings, rng or SystemRng())
     pages = _Pages(desk, intake, settings)
 
     def generate(api: str) -> GenerateEndpoint:
-        return GenerateEndpoint(api, desk, text_model, intake, settings, observer or NoObserver())
+        return GenerateEndpoint(api, desk, text_model, intake, settings, observer, clock)
 
     routes = [
         Route("/v1/completions", generate(COMPLETIONS), methods=["POST"]),

@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -19,9 +19,10 @@ from pdserve.contract.errors import (
     Unavailable,
 )
 from pdserve.contract.ids import RequestId
+from pdserve.contract.ports import Clock
 from pdserve.contract.work import ModelInfo
 from router.api_settings import ApiSettings, RequestObserver
-from router.choices import stream_job
+from router.choices import ChoicePiece, running_job
 from router.http_reply import HttpReply
 from router.intake import Intake, Job
 from router.openai_answers import AnswerHead, Usage, chat_answer, completion_answer
@@ -36,6 +37,9 @@ CHAT = "chat"
 _ID_PREFIXES = {COMPLETIONS: "cmpl-", CHAT: "chatcmpl-"}
 
 _MAX_DEADLINE_DIGITS = 12
+
+FAREWELL_S = 1.0
+"""How long a client may take to read the error that ends its request, before its connection is aborted."""
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +63,7 @@ class GenerateEndpoint:
         intake: Intake,
         settings: ApiSettings,
         observer: RequestObserver,
+        clock: Clock,
     ):
         self._api = api
         self._desk = desk
@@ -66,10 +71,11 @@ class GenerateEndpoint:
         self._intake = intake
         self._settings = settings
         self._observer = observer
+        self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        reply = HttpReply(send, request.headers.get("x-request-id"))
+        reply = HttpReply(scope, send, request.headers.get("x-request-id"))
         code, status = (
             ErrorCode.CANCELLED.value,
             CLIENT_GONE_STATUS,
@@ -96,7 +102,11 @@ class GenerateEndpoint:
             return error.info.code, CLIENT_GONE_STATUS
         answer = error_answer(error.info, self._settings.default_retry_after_s)
         status = 413 if isinstance(error, BodyTooLarge) else answer.status
-        await reply.error(status, answer.body, answer.headers)
+        try:
+            async with self._clock.timeout(FAREWELL_S):
+                await reply.error(status, answer.body, answer.headers)
+        except TimeoutError:
+            reply.abort()
         return error.info.code, status
 
     async def _read_job(self, raw: bytes, deadline_s: float | None) -> Job:
@@ -128,7 +138,7 @@ class GenerateEndpoint:
         events = (ChatEvents if self._api == CHAT else CompletionEvents)(job, head, self._text_model)
         usage = Usage(job)
         begun: set[int] = set()
-        async with aclosing(stream_job(self._desk, job, request_ids, self._text_model)) as pieces:
+        async with self._running(job, request_ids) as pieces:
             async for piece in pieces:
                 usage.add(piece)
                 text = events.piece(piece)
@@ -137,15 +147,23 @@ class GenerateEndpoint:
                     text = events.first(job.choices[piece.index]) + text
                 if text:
                     await reply.write_event(text)
-        await reply.end_events(events.usage(usage) if job.include_usage else "")
+            await reply.end_events(events.usage(usage) if job.include_usage else "")
 
     async def _run_whole(
         self, job: Job, head: AnswerHead, request_ids: list[RequestId], reply: HttpReply
     ) -> None:
         answer = chat_answer if self._api == CHAT else completion_answer
-        async with aclosing(stream_job(self._desk, job, request_ids, self._text_model)) as pieces:
+        async with self._running(job, request_ids) as pieces:
             body = await answer(pieces, job, head, self._text_model)
-        await reply.json(200, body)
+            await reply.json(200, body)
+
+    def _running(
+        self, job: Job, request_ids: list[RequestId]
+    ) -> AbstractAsyncContextManager[AsyncGenerator[ChoicePiece, None]]:
+        limits = self._settings.limits
+        return running_job(
+            self._desk, job, request_ids, self._text_model, limits.max_unread_tokens, self._clock
+        )
 
 
 async def _until_disconnected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

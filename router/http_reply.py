@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from starlette.types import Send
+from starlette.types import Scope, Send
 
 from router.sse import DONE, error_event
 
@@ -15,12 +15,16 @@ _EVENT_STREAM = [
 ]
 _MAX_ECHOED_ID = 256
 
+ABORT = "pdserve.abort"
+"""The ASGI extension of `router.http_server`: ``{"abort": function}``."""
+
 
 class HttpReply:
     """Either one JSON body or a stream of events."""
 
-    def __init__(self, send: Send, request_id: str | None):
+    def __init__(self, scope: Scope, send: Send, request_id: str | None):
         """`request_id` is what the client called its request."""
+        self._scope = scope
         self._send = send
         self._request_id = request_id
         self._streaming = False
@@ -55,6 +59,10 @@ class HttpReply:
             await self.end_events(error_event(body))
         else:
             await self.json(status, body, headers)
+
+    def abort(self) -> None:
+        """Break the connection at once, whatever was still to be written."""
+        self._scope["extensions"][ABORT]["abort"]()
 
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         request_id = (self._request_id or self.default_request_id)[:_MAX_ECHOED_ID]

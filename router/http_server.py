@@ -8,7 +8,9 @@ from collections.abc import Iterator
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from router.http_reply import ABORT
 from router.listen import bind
 
 _BACKLOG = 2048
@@ -41,7 +43,13 @@ async def serve_http(app: ASGIApp, host: str, port: int) -> HttpServer:
     listener.listen(_BACKLOG)
     listener.setblocking(False)
     config = uvicorn.Config(
-        app, log_config=None, log_level="critical", access_log=False, lifespan="off", server_header=False
+        app,
+        http=_Connection,
+        log_config=None,
+        log_level="critical",
+        access_log=False,
+        lifespan="off",
+        server_header=False,
     )
     server = _EmbeddedServer(config)
     task = asyncio.create_task(server.serve(sockets=[listener]), name=f"http-{port}")
@@ -51,6 +59,15 @@ async def serve_http(app: ASGIApp, host: str, port: int) -> HttpServer:
         started.cancel()
         task.result()
     return HttpServer(server, listener, task)
+
+
+class _Connection(HttpToolsProtocol):
+    """Lets an application abort the connection, which ASGI itself has no word for: `close` would wait for a
+    client that does not read."""
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["extensions"] = {ABORT: {"abort": self.transport.abort}}
 
 
 class _EmbeddedServer(uvicorn.Server):

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 
 import xxhash
 
-from pdserve.contract.errors import InvalidRequest, NotFound, RequestTooLong
+from pdserve.contract.errors import InvalidRequest, NotFound
 from pdserve.contract.ports import Rng
 from pdserve.contract.sampling import SamplingParams
 from pdserve.contract.tokens import num_tokens
 from pdserve.contract.work import ModelInfo
 from router.api_settings import ApiLimits, ApiSettings
-from router.bounds import check_count, check_int_range
+from router.bounds import check_count, check_int_range, check_length, most_tokens
 from router.openai_schema import ChatBody, CompletionBody, SamplingBody
 from router.prompts import Prompt, read_prompts
 from router.requests import GenerateRequest
@@ -54,6 +54,11 @@ class Job:
     def num_prompt_tokens(self) -> int:
         """Each prompt counted once, however many choices it has."""
         return sum(num_tokens(prompt.tokens) for prompt in self.prompts)
+
+    @property
+    def deadline_s(self) -> float | None:
+        """The time that all choices have, counted from the job's arrival."""
+        return self.choices[0].request.deadline_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,22 +203,17 @@ def _read_include_usage(body: SamplingBody) -> bool:
 def _fit(sampling: SamplingParams, prompt: Prompt, output: _Output, info: ModelInfo) -> SamplingParams:
     """Fill in `max_tokens`: as asked, or the default as far as there is room."""
     prompt_length = num_tokens(prompt.tokens)
-    room = info.max_model_len - prompt_length
-    if room < 1:
-        raise RequestTooLong(
-            f"the prompt has {prompt_length} tokens and leaves no room for an answer: "
-            f"the model takes {info.max_model_len} tokens of prompt and answer together",
-            param="prompt",
-        )
+    what = f"the prompt has {prompt_length} tokens and leaves no room for an answer"
+    check_length(prompt_length + 1, info, what, param="prompt")
     if output.max_tokens is not None:
         check_int_range("max_tokens", output.max_tokens, 1, 2**31 - 1)
+    room = most_tokens(info) - prompt_length
     max_tokens = given_or(output.max_tokens, min(output.default_max_tokens, room))
-    if max_tokens > room:
-        raise RequestTooLong(
-            f"the prompt has {prompt_length} tokens and 'max_tokens' is {max_tokens}, together "
-            f"{prompt_length + max_tokens}: the model takes {info.max_model_len}; shorten one of them",
-            param="max_tokens",
-        )
+    what = (
+        f"the prompt has {prompt_length} tokens and 'max_tokens' is {max_tokens}, "
+        f"together {prompt_length + max_tokens}; shorten one of them"
+    )
+    check_length(prompt_length + max_tokens, info, what, param="max_tokens")
     if sampling.min_tokens > max_tokens:
         message = f"'min_tokens' must be at most 'max_tokens' ({max_tokens}), got {sampling.min_tokens}"
         raise InvalidRequest(message, param="min_tokens")

@@ -28,11 +28,13 @@ from pdserve.contract.ids import BlockHash, RequestId, SubmitNumber, WorkerId
 from pdserve.contract.messages import PrefillSource, Role, Submit
 from pdserve.contract.ports import Clock, Rng
 from pdserve.contract.tokens import BYTES_PER_TOKEN, num_tokens
+from pdserve.contract.work import ModelInfo
 from pdserve.metrics import RouterMetrics
 from router.admission import Admission
-from router.fleet import Fleet, WorkerView
+from router.bounds import check_length
+from router.fleet import Booked, Fleet, WorkerView
 from router.links import Links, Submission, SubmissionEnd, SubmissionTokens
-from router.placement import Placement, choose
+from router.placement import Candidate, Placement, choose
 from router.requests import GenerateRequest, OutputDelta
 
 log = logging.getLogger(__name__)
@@ -61,11 +63,21 @@ class Progress:
     output: bytearray = field(default_factory=bytearray)  # tokens that the client has
     attempt: int = 0
     fruitless_attempts: int = 0
-    last_token_at: float = 0.0
+    last_token_at: float | None = None
 
     @property
     def num_prompt(self) -> int:
         return num_tokens(self.request.prompt_tokens)
+
+    @property
+    def num_known(self) -> int:
+        """Prompt and output so far."""
+        return self.num_prompt + num_tokens(self.output)
+
+    @property
+    def most_tokens(self) -> int:
+        """Prompt and output when the request runs to max_tokens."""
+        return self.num_prompt + self.request.sampling.max_tokens
 
 
 class Journey:
@@ -99,7 +111,6 @@ class Journey:
         try:
             async with aclosing(self._attempts(progress)) as deltas:
                 async for delta in deltas:
-                    self._observe(progress, delta)
                     if delta.finish is not None:
                         outcome = delta.finish.value
                     yield delta
@@ -112,6 +123,7 @@ class Journey:
     def _admit(self, request_id: RequestId, request: GenerateRequest) -> Progress:
         self._admission.enter(num_tokens(request.prompt_tokens))
         self._metrics.running_requests.inc()
+        self._metrics.prompt_tokens.inc(num_tokens(request.prompt_tokens))
         now = self._clock.now()
         return Progress(
             request_id=request_id,
@@ -153,7 +165,7 @@ class Journey:
             await self._clock.sleep(self._settings.refusal_pause_s)
 
     async def _place(self, progress: Progress) -> Placement:
-        """A placement, as soon as there is a worker. Raises Unavailable or DeadlineExceeded."""
+        """A placement, as soon as there is a worker. Raises Unavailable, DeadlineExceeded, RequestTooLong."""
         until = self._clock.now() + self._settings.queue_timeout_s
         while True:
             self._fleet.changed.clear()
@@ -167,16 +179,22 @@ class Journey:
         info = self._fleet.model_info()
         if info is None:
             return None
+        check_length(progress.most_tokens, info, f"{progress.most_tokens} tokens were asked for")
         if not progress.names:
             root = ChainRoot(info.fingerprint, progress.request.cache_salt)
             progress.names = name_blocks(progress.request.prompt_tokens, info.block_size, root.seed)
         self._num_placed += 1
         return choose(
-            self._fleet.candidates(progress.names, info.block_size, (Role.DECODE, Role.UNSPLIT)),
-            self._fleet.candidates(progress.names, info.block_size, (Role.PREFILL,)),
+            self._candidates(progress, info, (Role.DECODE, Role.UNSPLIT), progress.most_tokens),
+            self._candidates(progress, info, (Role.PREFILL,), progress.num_known),
             self._fleet.unusable_pairs(self._clock.now()),
             self._num_placed,
         )
+
+    def _candidates(
+        self, progress: Progress, info: ModelInfo, roles: tuple[Role, ...], num: int
+    ) -> list[Candidate]:
+        return self._fleet.candidates(progress.names, info.block_size, roles, num)
 
     async def _attempt(self, progress: Progress, placement: Placement) -> AsyncGenerator[OutputDelta, None]:
         """One attempt: yields new tokens; raises the error that ended it before the output was finished."""
@@ -186,7 +204,7 @@ class Journey:
         submission = self._links[placement.decode].submit(
             lambda number: self._submit(number, progress, placement)
         )
-        booking = self._book(progress, placement)
+        booking = self._book(progress, placement, submission.number)
         try:
             while True:
                 event = await self._next_event(progress, submission)
@@ -194,6 +212,7 @@ class Journey:
                     self._note_failure(placement, event)
                     raise error_from_info(event.error)
                 booking.prefill_is_done()
+                self._observe(progress, event)
                 yield _accept(progress, event)
                 if event.event.finish is not None:
                     return
@@ -214,7 +233,6 @@ class Journey:
             prefill=self._source(placement.prefill),
             cache_salt=request.cache_salt,
             priority=request.priority,
-            tenant=request.tenant,
             deadline_ms=self._remaining_ms(progress),
         )
 
@@ -227,10 +245,13 @@ class Journey:
     async def _next_event(
         self, progress: Progress, submission: Submission
     ) -> SubmissionTokens | SubmissionEnd:
-        if not submission.events.empty():  # no timer while tokens are waiting
+        remaining_s = self._remaining_s(progress)
+        if remaining_s == 0:  # whatever waits here: whoever reads so late is too late
+            raise _deadline_error()
+        if not submission.events.empty():  # the next needs no timer
             return submission.events.get_nowait()
         try:
-            async with self._clock.timeout(self._remaining_s(progress)):
+            async with self._clock.timeout(remaining_s):
                 return await submission.events.get()
         except TimeoutError:
             raise _deadline_error() from None
@@ -254,24 +275,23 @@ class Journey:
         if event.lost_source and placement.prefill is not None:
             self._fleet.pair_failed(placement.prefill, placement.decode, self._clock.now())
 
-    def _observe(self, progress: Progress, delta: OutputDelta) -> None:
-        now = self._clock.now()
-        if progress.last_token_at:
-            self._metrics.inter_token.observe(now - progress.last_token_at)
+    def _observe(self, progress: Progress, tokens: SubmissionTokens) -> None:
+        """Times are those of arrival here: how fast the client reads does not count."""
+        num = num_tokens(tokens.event.tokens)
+        if progress.last_token_at is None:
+            self._metrics.time_to_first_token.observe(tokens.arrived_at - progress.admitted_at)
         else:
-            self._metrics.time_to_first_token.observe(now - progress.admitted_at)
-            self._metrics.prompt_tokens.inc(progress.num_prompt)
-        progress.last_token_at = now
-        self._metrics.output_tokens.inc(num_tokens(delta.tokens))
+            self._metrics.observe_inter_token(tokens.arrived_at - progress.last_token_at, num)
+        progress.last_token_at = tokens.arrived_at
+        self._metrics.output_tokens.inc(num)
 
     def _counted_as_waiting(self, progress: Progress) -> "_Waiting":
         return _Waiting(self._metrics, progress.num_prompt)
 
-    def _book(self, progress: Progress, placement: Placement) -> "_Booking":
-        num = progress.num_prompt + num_tokens(progress.output)
+    def _book(self, progress: Progress, placement: Placement, number: SubmitNumber) -> "_Booking":
         decode = self._fleet.workers[placement.decode]
         prefill = None if placement.prefill is None else self._fleet.workers[placement.prefill]
-        return _Booking(decode, prefill, num)
+        return _Booking(decode, prefill, progress.num_known, number)
 
     def _remaining_s(self, progress: Progress) -> float | None:
         return None if progress.deadline_at is None else max(0.0, progress.deadline_at - self._clock.now())
@@ -284,21 +304,23 @@ class Journey:
 class _Booking:
     """One attempt's tokens on the books of its workers, from its submission to its end."""
 
-    def __init__(self, decode: WorkerView, prefill: WorkerView | None, num: int) -> None:
+    def __init__(
+        self, decode: WorkerView, prefill: WorkerView | None, num: int, number: SubmitNumber
+    ) -> None:
         self._decode = decode
         self._prefill = prefill
-        decode.booked_tokens[self] = num
+        decode.booked[self] = Booked(num, number)
         if prefill is not None:
-            prefill.booked_tokens[self] = num
+            prefill.booked[self] = Booked(num)
 
     def prefill_is_done(self) -> None:
         """The first token is there: the prefill worker has worked off this prompt."""
         if self._prefill is not None:
-            self._prefill.booked_tokens.pop(self, None)
+            self._prefill.booked.pop(self, None)
 
     def clear(self) -> None:
         self.prefill_is_done()
-        self._decode.booked_tokens.pop(self, None)
+        self._decode.booked.pop(self, None)
 
 
 class _Waiting:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
+from pdserve.contract.block_names import ChainRoot
 from pdserve.contract.errors import ErrorInfo, PdserveError, ProtocolViolation, WorkerLost, error_from_info
 from pdserve.contract.ids import Incarnation, RouterId, SubmitNumber, WorkerId
 from pdserve.contract.messages import (
@@ -58,6 +59,7 @@ class SubmissionEnd:
 class SubmissionTokens:
     event: TokenEvent
     timings: RequestTimings | None
+    arrived_at: float
 
 
 class Submission:
@@ -65,6 +67,7 @@ class Submission:
 
     def __init__(self, number: SubmitNumber, cancel: "Callable[[Submission], None]") -> None:
         self.number = number
+        # Whoever reads this never waits for a client (see `router.choices`), so it stays short.
         self.events: asyncio.Queue[SubmissionTokens | SubmissionEnd] = asyncio.Queue()
         self._cancel = cancel
 
@@ -106,7 +109,7 @@ class WorkerLink:
                 async with task_scope() as tasks:
                     tasks.create_task(self._connect(tasks))
             except PdserveError as error:
-                if self._view.connected:
+                if self._view.connected or isinstance(error, ProtocolViolation):
                     log.warning("%s is lost: %s", self._view.member.worker_id, error)
                     retry_s = FIRST_RETRY_S
             except Exception:  # whatever is wrong with what it said must not cost us this worker for ever
@@ -143,6 +146,11 @@ class WorkerLink:
     def _check(self, hello: Hello) -> None:
         if hello.incarnation != self._view.member.incarnation:
             raise WorkerLost(f"{hello.worker_id} was restarted; waiting for the controller's word")
+        if hello.root_digest != ChainRoot(hello.model.fingerprint).digest:
+            raise ProtocolViolation(
+                f"{hello.worker_id} names blocks in another way than this router: "
+                "run the same version of pdserve everywhere"
+            )
 
     async def _hold_session(self) -> None:
         async with self._stream(Call.SESSION) as stream:
@@ -180,8 +188,9 @@ class WorkerLink:
                     raise _unexpected(other)
 
     def _deliver(self, events: tuple[TokenEvent, ...], timings: dict[SubmitNumber, RequestTimings]) -> None:
+        now = self._clock.now()
         for event in events:
-            tokens = SubmissionTokens(event, timings.get(event.number))
+            tokens = SubmissionTokens(event, timings.get(event.number), now)
             if event.finish is not None:
                 self._finish(event.number, tokens)
             elif event.number in self._submissions:  # else it was cancelled a moment ago

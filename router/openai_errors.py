@@ -27,6 +27,7 @@ _KINDS = {
     ErrorCode.OVERLOADED: _Kind(429, "rate_limit_error"),
     ErrorCode.CANCELLED: _Kind(503, _SERVER),
     ErrorCode.DEADLINE_EXCEEDED: _Kind(504, "timeout_error"),
+    ErrorCode.CLIENT_TOO_SLOW: _Kind(408, "timeout_error"),
     ErrorCode.UNAVAILABLE: _Kind(503, _SERVER),
     ErrorCode.PREEMPTED: _Kind(503, _SERVER),
     ErrorCode.WORKER_LOST: _Kind(503, _SERVER),

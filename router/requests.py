@@ -22,7 +22,6 @@ class GenerateRequest:
     deadline_s: float | None = None
     """Remaining time at arrival."""
     priority: int = 0
-    tenant: str = ""
     cache_salt: str = ""
 
 

@@ -17,6 +17,7 @@ class ErrorCode(StrEnum):
     UNAVAILABLE = "unavailable"
     DEADLINE_EXCEEDED = "deadline_exceeded"
     CANCELLED = "cancelled"
+    CLIENT_TOO_SLOW = "client_too_slow"
     PREEMPTED = "preempted"
     WORKER_LOST = "worker_lost"
     PREFILL_FAILED = "prefill_failed"
@@ -107,6 +108,12 @@ class Cancelled(PdserveError):
     code = ErrorCode.CANCELLED
 
 
+class ClientTooSlow(PdserveError):
+    """The client has not read its answer for too many tokens; its request is ended and the connection cut."""
+
+    code = ErrorCode.CLIENT_TOO_SLOW
+
+
 class Preempted(PdserveError):
     """The worker needed the blocks for older requests; the router places the request again."""
 
@@ -177,6 +184,7 @@ _BY_CODE: dict[ErrorCode, type[PdserveError]] = {
         Unavailable,
         DeadlineExceeded,
         Cancelled,
+        ClientTooSlow,
         Preempted,
         WorkerLost,
         PrefillFailed,

@@ -91,9 +91,9 @@ class Submit:
     cache_salt: str = ""
     priority: int = 0
     """Smaller is more urgent."""
-    tenant: str = ""
     deadline_ms: int | None = None
-    """Remaining time; None when the client gave no deadline."""
+    """Remaining time; None when the client gave no deadline. When it has passed the decode worker ends the
+    request by itself, and its Prefill call with it, so that call carries no deadline of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,7 @@ class Hello:
     role: Role
     model: ModelInfo
     root_digest: bytes
-    """`ChainRoot.digest` of the empty salt: routers name blocks with the same root."""
+    """`ChainRoot.digest` of the empty salt. A router with another one would look for other names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +200,8 @@ class WorkerLoad:
     step: int
     """Engine steps since start. With work pending and a stale counter the worker counts as hung."""
     last_submit: SubmitNumber
-    """Highest Submit number taken from this watcher's Session; clears its optimistic bookings exactly."""
+    """Highest Submit number taken from this watcher's Session: of what the watcher has sent, this report
+    covers what came up to it, and not what came later."""
     prefill_tokens_per_s: float
     """Of the last step that only computed prompts; 0 before the first."""
     decode_step_s: float
@@ -212,8 +213,6 @@ class Report:
     """One delta. The first after Hello is a snapshot: `stored` holds every name, `removed` nothing."""
 
     incarnation: Incarnation
-    sequence: int
-    """Counts from 0 on each stream."""
     stored: tuple[BlockHash, ...]
     removed: tuple[BlockHash, ...]
     num_names: int
@@ -264,15 +263,12 @@ class PrefillOpen:
     tokens: TokenBytes
     """Prompt, and in a recovery outside deterministic mode the known output tokens after it."""
     num_prompt_tokens: int
-    held_blocks: int
-    """Leading full blocks that the decode worker holds already."""
     transports: tuple[TransportOffer, ...]
     sampling: SamplingParams | None
     """None: the token after `tokens` is known already, nothing is sampled."""
     seed: int = 0
     cache_salt: str = ""
     priority: int = 0
-    deadline_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

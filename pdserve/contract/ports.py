@@ -37,13 +37,9 @@ class Clock(Protocol):
 
 
 class Rng(Protocol):
-    """Source of ids, seeds and tie breaks."""
+    """Source of ids and seeds."""
 
     def random_bits(self, num_bits: int) -> int: ...
-
-    def choose_index(self, length: int) -> int:
-        """A uniform index in [0, length)."""
-        ...
 
 
 class Call(StrEnum):

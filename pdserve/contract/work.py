@@ -36,6 +36,11 @@ class ModelInfo:
     """Prefill chunks end at multiples of this, counted from token 0."""
     deterministic: bool
 
+    @property
+    def pool_tokens(self) -> int:
+        """Most tokens that this worker's KV pool can ever hold of one sequence."""
+        return self.num_blocks * self.block_size
+
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:

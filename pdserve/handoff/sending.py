@@ -97,6 +97,11 @@ class PrefillSource:
         """Prompt tokens still to be computed for all open calls."""
         return sum(job.num_to_compute for job in self.jobs)
 
+    @property
+    def num_waiting_requests(self) -> int:
+        """Open calls whose turn has not come, or whose decode worker has not answered yet."""
+        return len(self.in_state(JobState.QUEUED)) + len(self.in_state(JobState.STARTING))
+
     def in_state(self, state: JobState) -> list[PrefillJob]:
         """The jobs in `state`, oldest first."""
         return [job for job in self.jobs if job.state is state]
@@ -130,8 +135,6 @@ class PrefillSource:
             hold.release()
             return None
         hold.grow_to(job.num_blocks)
-        self._metrics.prefix_query_tokens.inc(job.num_prompt)
-        self._metrics.prefix_hit_tokens.inc(num_cached)
         job.start(hold, num_cached, now)
         return job
 
@@ -161,10 +164,10 @@ class PrefillSource:
             raise FingerprintMismatch(
                 f"{opened.decode_worker_id} serves {opened.fingerprint}, this worker {self._info.fingerprint}"
             )
-        capacity = self._info.num_blocks * self._info.block_size
-        if num_tokens(opened.tokens) > capacity:
+        pool_tokens = self._info.pool_tokens
+        if num_tokens(opened.tokens) > pool_tokens:
             raise RequestTooLong(
-                f"a prompt of {num_tokens(opened.tokens)} tokens does not fit a pool of {capacity}"
+                f"a prompt of {num_tokens(opened.tokens)} tokens does not fit a pool of {pool_tokens}"
             )
         if self.draining:
             raise Unavailable("this prefill worker is draining")
@@ -256,6 +259,7 @@ class _PrefillCall:
             match await self._stream.receive():
                 case Reserved(first_missing_block):
                     self._job.reserved(first_missing_block)
+                    self._count_prefix()
                     self._answered.set()
                     self._source._wake()
                 case Busy(retry_after_ms):
@@ -273,6 +277,11 @@ class _PrefillCall:
                     return
                 case other:
                     raise ProtocolViolation(f"{type(other).__name__} does not belong on a Prefill stream")
+
+    def _count_prefix(self) -> None:
+        """Once per call, however often the decode worker was busy before."""
+        self._source._metrics.prefix_query_tokens.inc(self._job.num_prompt)
+        self._source._metrics.prefix_hit_tokens.inc(self._job.num_cached)
 
     def _acknowledge(self, index: int, ok: bool) -> None:
         if index not in self._digests:

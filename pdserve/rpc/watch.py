@@ -6,7 +6,6 @@ second. A stream has no gaps: whoever misses something has lost the stream and s
 
 import asyncio
 import contextlib
-import itertools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -66,17 +65,16 @@ class WatchServer:
             watcher.cancel()
 
     async def _report(self, stream: MessageStream, watch: "_Watch", watcher: Incarnation) -> None:
-        for sequence in itertools.count():
-            report = self._next_report(watch, watcher, sequence)
+        while True:
+            report = self._next_report(watch, watcher)
             await stream.send(report)
             await self._news(watch, watcher, report.load)
 
-    def _next_report(self, watch: "_Watch", watcher: Incarnation, sequence: int) -> Report:
+    def _next_report(self, watch: "_Watch", watcher: Incarnation) -> Report:
         self._collect()
         stored, removed = watch.take()
         return Report(
             incarnation=self._hello.incarnation,
-            sequence=sequence,
             stored=stored,
             removed=removed,
             num_names=self._blocks.num_names,

@@ -93,7 +93,7 @@ class Processes:
 
     def decoding(self) -> WorkerProcess:
         """The decode worker that has the only request."""
-        busy = [name for name, view in self.router.fleet.workers.items() if view.booked_tokens]
+        busy = [name for name, view in self.router.fleet.workers.items() if view.booked]
         (name,) = (name for name in busy if name.startswith("decode"))
         return self.workers[name]
 

@@ -325,7 +325,7 @@ class Storm:
             await asyncio.gather(guard, return_exceptions=True)
             assert system.router.metrics.running_requests._value.get() == 0
             for view in system.router.fleet.workers.values():
-                assert not view.booked_tokens
+                assert not view.booked
             for worker in self.dead:
                 await system.bury(worker)
 

@@ -8,7 +8,7 @@ from pdserve.contract.ids import BlockHash, Incarnation, SubmitNumber, WorkerId
 from pdserve.contract.messages import Hello, Member, Members, Report, Role, WorkerLoad, WorkerState
 from pdserve.contract.work import BlockCounts
 from pdserve.engine.fake_engine import FakeEngine
-from router.fleet import PAIR_TIMEOUT_S, Fleet, WorkerView
+from router.fleet import PAIR_TIMEOUT_S, Booked, Fleet, WorkerView
 
 INFO = FakeEngine(num_blocks=8).info
 LOAD = WorkerLoad(
@@ -34,13 +34,16 @@ def report(incarnation: int, stored: tuple[int, ...] = (), **fields: object) -> 
     xor = 0
     for name in names:
         xor ^= name
-    base = Report(Incarnation(incarnation), 0, names, (), len(names), xor, LOAD)
+    base = Report(Incarnation(incarnation), names, (), len(names), xor, LOAD)
     return replace(base, **fields)  # type: ignore[arg-type]
 
 
-def connect(fleet: Fleet, name: str, incarnation: int = 1, stored: tuple[int, ...] = ()) -> WorkerView:
+def connect(
+    fleet: Fleet, name: str, incarnation: int = 1, stored: tuple[int, ...] = (), num_blocks: int = 8
+) -> WorkerView:
     view = fleet.workers[WorkerId(name)]
-    fleet.hello(view, Hello(view.member.worker_id, Incarnation(incarnation), view.member.role, INFO, b""))
+    info = replace(INFO, num_blocks=num_blocks)
+    fleet.hello(view, Hello(view.member.worker_id, Incarnation(incarnation), view.member.role, info, b""))
     assert fleet.report(view, report(incarnation, stored), now=1.0)
     fleet.connected(view)
     return view
@@ -52,14 +55,14 @@ def test_a_worker_is_usable_only_while_connected_and_ready() -> None:
     view = connect(fleet, "d0", stored=(5, 6))
     assert view.usable
     names = [BlockHash(5), BlockHash(6)]
-    (candidate,) = fleet.candidates(names, 4, [Role.DECODE])
+    (candidate,) = fleet.candidates(names, 4, [Role.DECODE], 8)
     assert candidate.held_tokens == 8
     fleet.report(
         view, report(1, load=replace(LOAD, state=WorkerState.DRAINING), num_names=2, xor_names=3), now=2.0
     )
     assert not view.usable
     fleet.lost(view)
-    assert fleet.candidates(names, 4, [Role.DECODE]) == []
+    assert fleet.candidates(names, 4, [Role.DECODE], 8) == []
     assert fleet.index.num_held_blocks(names) == {}
 
 
@@ -83,15 +86,45 @@ def test_an_index_that_lost_count_is_noticed() -> None:
     assert fleet.num_index_mismatches == 1
 
 
-def test_bookings_count_until_the_report_is_larger() -> None:
+def test_what_was_sent_after_the_last_report_comes_on_top_of_it() -> None:
     fleet = Fleet()
     fleet.set_members(Members(1, (member("d0"),)))
     view = connect(fleet, "d0")
-    view.booked_tokens["a"] = 30
-    view.booked_tokens["b"] = 12
-    assert view.queued_tokens == 42
-    view.load = replace(LOAD, waiting_tokens=40, running_context_tokens=60)
+    view.booked["a"] = Booked(30, SubmitNumber(1))
+    view.booked["b"] = Booked(12, SubmitNumber(2))
+    assert view.queued_tokens == 42  # it has reported neither
+    view.load = replace(LOAD, waiting_tokens=40, running_context_tokens=60, last_submit=SubmitNumber(1))
+    assert view.queued_tokens == 100 + 12  # of others it has more, and b is on its way
+    view.load = replace(view.load, last_submit=SubmitNumber(2))
     assert view.queued_tokens == 100
+    view.load = replace(view.load, running_context_tokens=0, waiting_tokens=0)
+    assert view.queued_tokens == 42  # both are computed elsewhere at the moment
+
+
+def test_a_prefill_worker_counts_what_it_reports_or_what_was_sent_there() -> None:
+    fleet = Fleet()
+    fleet.set_members(Members(1, (member("p0", role=Role.PREFILL),)))
+    view = connect(fleet, "p0")
+    view.booked["a"] = Booked(30)
+    assert view.queued_tokens == 30
+    view.load = replace(LOAD, waiting_tokens=40, running_context_tokens=60)
+    assert view.queued_tokens == 40
+
+
+def test_the_largest_pool_that_decodes_bounds_requests_and_small_pools_get_no_long_ones() -> None:
+    fleet = Fleet()
+    assert fleet.model_info() is None
+    fleet.set_members(Members(1, (member("p0", role=Role.PREFILL), member("d0"), member("d1"))))
+    connect(fleet, "p0", num_blocks=64)
+    connect(fleet, "d0", num_blocks=8)
+    connect(fleet, "d1", num_blocks=16)
+    info = fleet.model_info()
+    assert info is not None
+    assert info.num_blocks == 16
+    fitting = {
+        num: [each.worker_id for each in fleet.candidates([], 4, [Role.DECODE], num)] for num in (32, 33, 65)
+    }
+    assert fitting == {32: ["d0", "d1"], 33: ["d1"], 65: []}
 
 
 @pytest.mark.parametrize(("later_s", "usable"), [(PAIR_TIMEOUT_S - 0.1, False), (PAIR_TIMEOUT_S, True)])

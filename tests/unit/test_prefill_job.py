@@ -24,7 +24,6 @@ def job_of(num_tokens: int, ledger: BlockLedger, num_held: int = 0, started: boo
         fingerprint="model",
         tokens=pack_tokens(range(num_tokens)),
         num_prompt_tokens=num_tokens,
-        held_blocks=num_held,
         transports=(),
         sampling=SamplingParams(),
     )

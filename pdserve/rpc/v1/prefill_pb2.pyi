@@ -70,7 +70,7 @@ class PoolExport(_message.Message):
     def __init__(self, host_id: _Optional[str] = ..., pid: _Optional[int] = ..., fd: _Optional[int] = ..., num_bytes: _Optional[int] = ..., token: _Optional[str] = ...) -> None: ...
 
 class PrefillOpen(_message.Message):
-    __slots__ = ("request_id", "attempt", "decode_worker_id", "source_incarnation", "fingerprint", "tokens", "num_prompt_tokens", "held_blocks", "transports", "sampling", "seed", "cache_salt", "priority", "deadline_ms")
+    __slots__ = ("request_id", "attempt", "decode_worker_id", "source_incarnation", "fingerprint", "tokens", "num_prompt_tokens", "transports", "sampling", "seed", "cache_salt", "priority")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     DECODE_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -78,13 +78,11 @@ class PrefillOpen(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    HELD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
-    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     decode_worker_id: str
@@ -92,14 +90,12 @@ class PrefillOpen(_message.Message):
     fingerprint: str
     tokens: bytes
     num_prompt_tokens: int
-    held_blocks: int
     transports: _containers.RepeatedCompositeFieldContainer[TransportOffer]
     sampling: _common_pb2.SamplingParams
     seed: int
     cache_salt: str
     priority: int
-    deadline_ms: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., decode_worker_id: _Optional[str] = ..., source_incarnation: _Optional[int] = ..., fingerprint: _Optional[str] = ..., tokens: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., held_blocks: _Optional[int] = ..., transports: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., seed: _Optional[int] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., decode_worker_id: _Optional[str] = ..., source_incarnation: _Optional[int] = ..., fingerprint: _Optional[str] = ..., tokens: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., transports: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., seed: _Optional[int] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class Starting(_message.Message):
     __slots__ = ("transport", "cached_tokens")

@@ -109,22 +109,20 @@ class ModelInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., revision: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., fingerprint: _Optional[str] = ..., chunk_tokens: _Optional[int] = ..., deterministic: bool = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("incarnation", "sequence", "stored", "removed", "num_names", "xor_names", "load")
+    __slots__ = ("incarnation", "stored", "removed", "num_names", "xor_names", "load")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
-    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     STORED_FIELD_NUMBER: _ClassVar[int]
     REMOVED_FIELD_NUMBER: _ClassVar[int]
     NUM_NAMES_FIELD_NUMBER: _ClassVar[int]
     XOR_NAMES_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     incarnation: int
-    sequence: int
     stored: _containers.RepeatedScalarFieldContainer[int]
     removed: _containers.RepeatedScalarFieldContainer[int]
     num_names: int
     xor_names: int
     load: WorkerLoad
-    def __init__(self, incarnation: _Optional[int] = ..., sequence: _Optional[int] = ..., stored: _Optional[_Iterable[int]] = ..., removed: _Optional[_Iterable[int]] = ..., num_names: _Optional[int] = ..., xor_names: _Optional[int] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ...) -> None: ...
+    def __init__(self, incarnation: _Optional[int] = ..., stored: _Optional[_Iterable[int]] = ..., removed: _Optional[_Iterable[int]] = ..., num_names: _Optional[int] = ..., xor_names: _Optional[int] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
     __slots__ = ("state", "waiting_requests", "waiting_tokens", "running_sequences", "running_context_tokens", "blocks", "step", "last_submit", "prefill_tokens_per_s", "decode_step_s")
