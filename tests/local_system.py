@@ -86,11 +86,22 @@ class LocalSystem:
             engine = ModelEngine.load(self._engine)
             self.workers[name] = await start_worker(name, role, engine, self._worker_settings)
 
+    async def replace_worker(self, name: str) -> None:
+        """Put a new worker, which holds nothing, in the place of a running one."""
+        role = self.workers[name].role
+        await self._stop_worker(name)
+        await self.start_workers([(name, role)])
+        await self.push_members()
+
     async def stop_workers(self) -> None:
-        for worker in self.workers.values():
-            await worker.stop()
-            worker.check()
-            assert worker.ledger.owners() == [], f"{worker.worker_id} still holds blocks"
+        for name in self.workers:
+            await self._stop_worker(name)
+
+    async def _stop_worker(self, name: str) -> None:
+        worker = self.workers[name]
+        await worker.stop()
+        worker.check()
+        assert worker.ledger.owners() == [], f"{worker.worker_id} still holds blocks"
 
     def members(self) -> tuple[Member, ...]:
         return tuple(worker.member() for worker in self.workers.values())
