@@ -95,7 +95,7 @@ class GenerateEndpoint:
     async def _answer(self, request: Request, reply: HttpReply) -> None:
         raw = await _read_body(request, self._settings.limits.max_body_bytes)
         job = await self._read_job(raw, _read_deadline_s(request))
-        await _until_disconnected(request.receive, self._run(job, reply))
+        await _until_disconnected(request.receive, reply, self._run(job, reply))
 
     async def _refuse(self, error: PdserveError, reply: HttpReply) -> tuple[str, int]:
         if isinstance(error, ClientGone):
@@ -166,12 +166,14 @@ class GenerateEndpoint:
         )
 
 
-async def _until_disconnected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+async def _until_disconnected(receive: Receive, reply: HttpReply, work: Coroutine[Any, Any, None]) -> None:
     """Run `work`, and cancel it when the client goes away. Raises ClientGone then."""
     working = asyncio.create_task(work)
     watching = asyncio.create_task(_disconnected(receive))
     try:
         await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if reply.complete:  # which a server reports like a disconnect
+            await asyncio.wait([working])
     finally:
         gone = not working.done()
         working.cancel()

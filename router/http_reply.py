@@ -30,6 +30,8 @@ class HttpReply:
         self._streaming = False
         self.default_request_id = ""
         """Used when the client sent none."""
+        self.complete = False
+        """The last byte has been handed over to the server."""
 
     async def json(
         self, status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
@@ -72,3 +74,4 @@ class HttpReply:
 
     async def _write(self, content: bytes, *, more: bool) -> None:
         await self._send({"type": "http.response.body", "body": content, "more_body": more})
+        self.complete = not more

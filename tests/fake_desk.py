@@ -1,7 +1,8 @@
 """A Desk that answers from a script, so that the front of the router can be tested without workers."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+import itertools
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from pdserve.contract.ids import RequestId
@@ -44,7 +45,7 @@ class Hold:
 
 
 Step = OutputDelta | Exception | Hold
-Script = Callable[[GenerateRequest], Sequence[Step]]
+Script = Callable[[GenerateRequest], Iterable[Step]]
 
 
 def say(
@@ -64,6 +65,11 @@ def echo(request: GenerateRequest) -> list[Step]:
     return say([prompt[i % len(prompt)] for i in range(wanted)], finish=FinishReason.LENGTH)
 
 
+def endless(request: GenerateRequest) -> Iterator[Step]:
+    """Tokens for as long as somebody asks."""
+    return itertools.repeat(OutputDelta(pack_tokens([50])))
+
+
 @dataclass
 class FakeDesk:
     """Follows `script` and remembers what it was asked and how each request ended."""
@@ -76,6 +82,8 @@ class FakeDesk:
     closed: list[RequestId] = field(default_factory=list)
     """Requests that were closed before their end."""
     num_ids: int = 0
+    started: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the first request has come."""
     at_rest: asyncio.Event = field(default_factory=asyncio.Event)
     """Set whenever a request has ended and none is running."""
 
@@ -94,6 +102,7 @@ class FakeDesk:
     ) -> AsyncGenerator[OutputDelta, None]:
         self.requests.append(request)
         self.running.add(request_id)
+        self.started.set()
         self.at_rest.clear()
         try:
             for step in self.script(request):
@@ -102,6 +111,7 @@ class FakeDesk:
                 elif isinstance(step, Exception):
                     raise step
                 else:
+                    await asyncio.sleep(0)  # tokens come one by one, and others get their turn
                     yield _with_logprobs(step, request)
         except (asyncio.CancelledError, GeneratorExit):
             self.closed.append(request_id)

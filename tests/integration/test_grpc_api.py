@@ -26,11 +26,11 @@ from pdserve.contract.errors import (
 )
 from pdserve.contract.sampling import FinishReason
 from pdserve.contract.tokens import pack_tokens, unpack_tokens
-from router.api_settings import ApiSettings
+from router.api_settings import ApiLimits, ApiSettings
 from router.grpc_api import SERVICE, serve_grpc
 from router.requests import OutputDelta, Readiness
 from router.text import TextModel
-from tests.fake_desk import FakeDesk, Hold, Step, say
+from tests.fake_desk import FakeDesk, Hold, Step, endless, say
 from tests.small_tokenizers import save_chat_folder
 
 END = 1  # <|end|>
@@ -100,14 +100,16 @@ class System:
         return unary.value
 
 
-def running(text: TextModel, desk: FakeDesk | None = None) -> AbstractAsyncContextManager[System]:
-    return _running(text, desk or FakeDesk())
+def running(
+    text: TextModel, desk: FakeDesk | None = None, **limits: int
+) -> AbstractAsyncContextManager[System]:
+    return _running(text, desk or FakeDesk(), ApiLimits(**limits))
 
 
 @asynccontextmanager
-async def _running(text: TextModel, desk: FakeDesk) -> AsyncIterator[System]:
+async def _running(text: TextModel, desk: FakeDesk, limits: ApiLimits) -> AsyncIterator[System]:
     seen, clock = Seen(), TickingClock()
-    settings = ApiSettings(served_model_name="chosen")
+    settings = ApiSettings(served_model_name="chosen", limits=limits)
     server = await serve_grpc(
         desk, text, "127.0.0.1", 0, settings, observer=seen, rng=SeededRng(7), clock=clock
     )
@@ -129,6 +131,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> TextModel:
 async def system(text: TextModel) -> AsyncIterator[System]:
     async with running(text) as started:
         yield started
+
+
+async def read_to_the_end(call: Any) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
 
 
 async def read_all(system: System, request: pb.GenerateRequest) -> list[pb.GenerateChunk]:
@@ -344,6 +351,19 @@ async def test_a_deadline_ends_the_call_and_its_request(system: System, method: 
     assert await call.code() is Status.DEADLINE_EXCEEDED
     await system.desk.at_rest.wait()
     assert system.desk.closed == ["fake-1"]
+
+
+async def test_a_client_that_stops_reading_is_cut(text: TextModel) -> None:
+    desk = FakeDesk(endless)
+    async with running(text, desk, max_unread_tokens=64) as system:
+        request = pb.GenerateRequest(text="x", return_token_ids=True, logprobs=20)
+        call = system.stub.GenerateStream(request)
+        await call.read()
+        assert await system.ended() == [("grpc", "client_too_slow", 408)]
+        assert desk.closed == ["fake-1"]
+        with pytest.raises(grpc.aio.AioRpcError, match="has not read"):
+            await read_to_the_end(call)
+        assert await call.code() is Status.ABORTED
 
 
 async def test_before_any_worker_is_there(text: TextModel) -> None:

@@ -28,7 +28,8 @@ from router.http_api import create_app
 from router.http_server import serve_http
 from router.requests import OutputDelta, Readiness
 from router.text import TextModel
-from tests.fake_desk import FakeDesk, Hold, Step, say
+from tests.fake_desk import FakeDesk, Hold, Step, endless, say
+from tests.slow_client import slow_client
 from tests.small_tokenizers import save_chat_folder
 
 END = 1  # <|end|>
@@ -717,3 +718,54 @@ async def test_finish_reasons(system: System) -> None:
     answer = await system.client.completions.create(model="small-model", prompt="x", max_tokens=2)
     assert answer.choices[0].finish_reason == "length"
     assert answer.choices[0].text == system.text.decode_ids([5, 6])
+
+
+# Clients that do not read
+
+NUM_LONG = 4500
+"""Tokens, of which `long_answer` has more to say than the buffers of a connection hold."""
+
+
+def long_answer() -> dict[str, Any]:
+    """A streamed chat with much to say of each token."""
+    return {"messages": USER, "stream": True, "logprobs": True, "top_logprobs": 20, "return_token_ids": True}
+
+
+def ids_of(answer: bytes) -> list[list[int]]:
+    """The ids of each event that has some."""
+    events = [json.loads(line[6:]) for line in answer.splitlines() if line.startswith(b"data: {")]
+    return [event["choices"][0]["token_ids"] for event in events if "token_ids" in event["choices"][0]]
+
+
+async def test_a_client_that_stops_reading_is_cut(text: TextModel) -> None:
+    desk = FakeDesk(endless)
+    async with running(text, desk, limits=ApiLimits(max_unread_tokens=64)) as system:
+        async with slow_client(system.url, "/v1/chat/completions", long_answer()) as client:
+            await client.read_until(b"data: ")
+            assert await system.ended() == [("chat", "client_too_slow", 408)]
+            assert desk.closed == ["fake-1"]
+            assert not (await client.read_to_the_end()).endswith(b"0\r\n\r\n")  # how a whole answer ends
+
+
+async def test_a_client_that_reads_on_in_time_misses_nothing(text: TextModel) -> None:
+    ids = [50 + i % 100 for i in range(NUM_LONG)]
+    desk = FakeDesk(lambda request: say(ids, finish=FinishReason.LENGTH))
+    async with running(text, desk, limits=ApiLimits(max_unread_tokens=NUM_LONG)) as system:
+        async with slow_client(system.url, "/v1/chat/completions", long_answer()) as client:
+            await desk.started.wait()
+            await desk.at_rest.wait()  # everything is generated, and much of it waits
+            answer = await client.read_until(b"[DONE]")
+    events = ids_of(answer)
+    assert [token_id for event in events for token_id in event] == ids
+    assert max(map(len, events)) > 64  # what waited has become one event
+    assert answer.count(b'"finish_reason":"length"') == 1
+
+
+async def test_a_client_that_does_not_read_cannot_outlive_its_deadline(text: TextModel) -> None:
+    desk = FakeDesk(lambda request: say([50] * NUM_LONG))
+    async with running(text, desk, limits=ApiLimits(max_unread_tokens=NUM_LONG)) as system:
+        headers = {"X_Request_Timeout_Ms": "2000"}
+        async with slow_client(system.url, "/v1/chat/completions", long_answer(), **headers) as client:
+            assert await system.ended() == [("chat", "deadline_exceeded", 504)]
+            assert not (await client.read_to_the_end()).endswith(b"0\r\n\r\n")
+    assert desk.closed == []  # everything had been generated in time
