@@ -478,5 +478,5 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.allocator.check_integrity()
 
 
-AllocatorMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+AllocatorMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=40)
 TestAllocatorAgainstModel = AllocatorMachine.TestCase

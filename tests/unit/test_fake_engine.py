@@ -161,7 +161,7 @@ def continue_with(engine: Engine, known: list[int], block_ids: tuple[BlockId, ..
     return generate(engine, prompt, params, block_ids=block_ids, start=num_tokens(prompt) - 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(block=st.integers(0, 4), byte=st.integers(0, 127), bit=st.integers(0, 7))
 def test_one_wrong_bit_changes_the_output_at_once(block: int, byte: int, bit: int) -> None:
     engine = FakeEngine(16, vocab_size=2**31)  # no token is right by chance

@@ -217,7 +217,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.dictionaries(st.sampled_from(FIELDS), values, max_size=4), st.booleans())
 def test_whatever_is_sent_is_a_job_or_a_named_complaint(fields: dict[str, Any], as_chat: bool) -> None:
     try:

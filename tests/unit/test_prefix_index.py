@@ -23,7 +23,7 @@ events = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(events, some_names)
 def test_against_sets_of_names(
     history: list[tuple[str, Incarnation, list[BlockHash]]], prompt: list[BlockHash]

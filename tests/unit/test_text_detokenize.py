@@ -24,7 +24,7 @@ def stream(model: TextModel, prompt_ids: Sequence[int], token_ids: Sequence[int]
     return [*(detokenizer.add([token_id]) for token_id in token_ids), detokenizer.flush()]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(texts)
 @pytest.mark.parametrize("model", [BYTE_LEVEL, SENTENCEPIECE], ids=["byte-level", "sentencepiece"])
 def test_the_pieces_add_up_to_the_text_after_the_prompt(model: TextModel, text: str) -> None:
@@ -36,7 +36,7 @@ def test_the_pieces_add_up_to_the_text_after_the_prompt(model: TextModel, text: 
     assert "\ufffd" not in "".join(pieces)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.integers(5, 399), max_size=60))
 def test_byte_level_output_equals_decoding_it_whole_even_when_it_is_no_text(token_ids: list[int]) -> None:
     assert "".join(stream(BYTE_LEVEL, [], token_ids)) == BYTE_LEVEL.decode_ids(token_ids)
@@ -92,7 +92,7 @@ def stop_by_characters(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     return text, False
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     st.text("ab", max_size=20),
     st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
