@@ -1,11 +1,13 @@
-"""Finding a model's files and naming what they contain.
+"""Finding a model's files, naming what they contain, and refusing what their own words rule out.
 
 A folder is taken as it is; anything else is a hub id, fetched (or found in the local cache) through
-huggingface_hub. Only safetensors weights are looked at.
+huggingface_hub. Only safetensors weights are looked at. Never imports torch, so that the launcher can judge
+a model before it starts anything.
 """
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,12 @@ from huggingface_hub.errors import (
 )
 
 from pdserve.contract.errors import ModelUnsupported, NotFound
+from pdserve.engine.weight_files import loaded_bytes, require_whole_weights, weight_files
 
 _WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 _SAMPLES_PER_FILE = 16
 _SAMPLE_BYTES = 4096
+_SERVED_LAYERS = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +45,19 @@ class Checkpoint:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(path.stat().st_size for path in _weight_files(self.folder))
+        """Of the weights' files."""
+        return sum(path.stat().st_size for path in weight_files(self.folder))
+
+    def loaded_bytes(self, dtype: str) -> int:
+        """Of the weights in memory, loaded as `dtype`; ``auto`` is the checkpoint's own."""
+        text = _text_config(self.config)
+        own = text.get("dtype") or text.get("torch_dtype") or ""
+        return loaded_bytes(self.folder, str(own) if dtype == "auto" else dtype)
 
 
 def find_checkpoint(model: str, revision: str | None) -> Checkpoint:
-    """Locate `model`. Raises NotFound or ModelUnsupported, each naming what is missing and what to do."""
+    """Locate `model`. Raises NotFound or ModelUnsupported, each naming what is wrong and what to do: files
+    that are missing or damaged, and needs told by config.json that pdserve does not meet."""
     folder = Path(model).expanduser()
     if not folder.is_dir():
         folder = _fetch(model, revision)
@@ -54,8 +66,9 @@ def find_checkpoint(model: str, revision: str | None) -> Checkpoint:
         raise NotFound(
             f"model folder {folder} has no config.json: give the folder that save_pretrained wrote"
         )
-    _require_safetensors(model, folder)
-    config = json.loads(config_file.read_text())
+    config = _read_config(model, config_file)
+    require_whole_weights(model, folder)
+    _refuse_by_config(model, config)
     digest = _digest(folder)
     commit = folder.name if folder.parent.name == "snapshots" else ""
     return Checkpoint(folder, commit or digest[:12], digest, config)
@@ -82,26 +95,59 @@ def _fetch(model: str, revision: str | None) -> Path:
         ) from error
 
 
-def _require_safetensors(model: str, folder: Path) -> None:
-    if _weight_files(folder):
-        return
-    pickles = [path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth"))]
-    found = f"only pickled weights ({', '.join(sorted(pickles))})" if pickles else "no weights"
-    raise ModelUnsupported(
-        f"model {model!r} has {found}: pdserve loads safetensors only; convert it with "
-        "save_pretrained(..., safe_serialization=True)"
-    )
+def _read_config(model: str, file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise NotFound(f"model {model!r} has no readable config.json ({error}): fetch it again") from error
+    if not isinstance(content, dict):
+        raise NotFound(f"model {model!r} has a config.json that holds no JSON object: fetch it again")
+    return content
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
+def _refuse_by_config(model: str, config: Mapping[str, Any]) -> None:
+    text = _text_config(config)
+    quantization = config.get("quantization_config") or text.get("quantization_config")
+    if quantization:
+        method = dict(quantization).get("quant_method", "unknown method")
+        raise ModelUnsupported(
+            f"model {model!r} is quantised ({method}), which is not supported: use its float16, bfloat16 or "
+            "float32 weights"
+        )
+    need = next(_unmet_needs(text), None)
+    if need is not None:
+        kind = config.get("model_type", "unnamed")
+        raise ModelUnsupported(
+            f"model {model!r} ({kind}) is not supported: it needs {need}, which pdserve does not have"
+        )
+
+
+def _unmet_needs(config: Mapping[str, Any]) -> Iterator[str]:
+    """Only what a configuration says outright; the engine finds the rest once the model is loaded."""
+    strange = sorted(set(map(str, config.get("layer_types") or ())) - _SERVED_LAYERS)
+    if strange:
+        yield f"layers of type {', '.join(strange)}"
+    if config.get("is_encoder_decoder"):
+        yield "an encoder"
+    if config.get("kv_lora_rank"):
+        yield "keys and values of different sizes (latent attention)"
+    if config.get("attention_chunk_size"):
+        yield "chunked local attention"
+    if config.get("num_kv_shared_layers"):
+        yield "layers that share one KV cache"
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of the language model in a model that takes more than text."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else config
 
 
 def _digest(folder: Path) -> str:
     """Whole weights take seconds per gigabyte to hash; headers and evenly spread samples tell apart what
     is not made to collide on purpose."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())
         with path.open("rb") as weights:

@@ -151,13 +151,14 @@ class _MemoryFile:
 
 
 def require_room(weight_bytes: int, settings: EngineSettings, device: torch.device) -> None:
-    """Raises ConfigError when the weights alone do not fit in what is free."""
+    """Raises ConfigError when the weights alone, of `weight_bytes` once loaded, do not fit in what is
+    free."""
     available = available_bytes(device)
     if weight_bytes > available:
         raise ConfigError(
             f"model {settings.model!r} does not fit: its weights take {_gib(weight_bytes)}, free are "
-            f"{_gib(available)}: choose a smaller model, or free memory",
-            param="model",
+            f"{_gib(available)}: choose a smaller model or model.dtype, or free memory",
+            param="model.path",
         )
 
 
@@ -168,17 +169,17 @@ def plan_num_blocks(layout: KvLayout, settings: EngineSettings, device: torch.de
     if budget > available:
         raise ConfigError(
             f"the KV pool of {_gib(budget)} does not fit in the {_gib(available)} that are free after "
-            "loading the model: lower kv_memory_bytes, or free memory",
-            param="kv_memory_bytes",
+            "loading the model: lower engine.kv_memory, or free memory",
+            param="engine.kv_memory",
         )
     num_blocks = budget // layout.block_bytes
     if num_blocks * layout.block_size < _LEAST_TOKENS:
         needed = -(-_LEAST_TOKENS // layout.block_size) * layout.block_bytes
         raise ConfigError(
             f"the KV pool of {_gib(budget)} holds {num_blocks * layout.block_size} tokens, the least is "
-            f"{_LEAST_TOKENS} ({_gib(needed)}): raise kv_memory_bytes or kv_memory_fraction, or free memory "
+            f"{_LEAST_TOKENS} ({_gib(needed)}): raise engine.kv_memory, or free memory "
             f"({_gib(available)} free)",
-            param="kv_memory_bytes",
+            param="engine.kv_memory",
         )
     return int(num_blocks)
 

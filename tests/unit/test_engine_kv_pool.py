@@ -124,9 +124,9 @@ def test_the_size_is_a_share_of_what_is_free_or_exact() -> None:
 
 
 def test_what_does_not_fit_is_refused_with_numbers() -> None:
-    with pytest.raises(ConfigError, match=r"does not fit in the .* GiB .* lower kv_memory_bytes"):
+    with pytest.raises(ConfigError, match=r"does not fit in the .* GiB .* lower engine\.kv_memory"):
         plan_num_blocks(LAYOUT, EngineSettings("m", kv_memory_bytes=2**60), CPU)
-    with pytest.raises(ConfigError, match=r"holds 4 tokens, the least is 256"):
+    with pytest.raises(ConfigError, match=r"holds 4 tokens, the least is 256 .* raise engine\.kv_memory"):
         plan_num_blocks(LAYOUT, EngineSettings("m", kv_memory_bytes=LAYOUT.block_bytes), CPU)
     with pytest.raises(ConfigError, match="model 'm' does not fit: its weights take"):
         require_room(2**60, EngineSettings("m"), CPU)

@@ -119,6 +119,62 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
         load_engine(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("{", "has no readable config.json (Expecting"), ("[1]", "has a config.json that holds no JSON object")],
+)
+def test_a_damaged_configuration(content: str, words: str, tmp_path: Path) -> None:
+    make_model("llama", tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(NotFound) as caught:
+        checkpoint.find_checkpoint(str(tmp_path), None)
+    assert words in str(caught.value)
+    assert str(caught.value).endswith("fetch it again")
+
+
+@pytest.mark.parametrize(("kept", "words"), [(-1, "is cut short"), (100, "is damaged"), (0, "is damaged")])
+def test_damaged_weights(kept: int, words: str, tmp_path: Path) -> None:
+    make_model("llama", tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(NotFound, match=rf"model\.safetensors {words}.*: fetch it again"):
+        checkpoint.find_checkpoint(str(tmp_path), None)
+
+
+def test_a_missing_file_of_several(tmp_path: Path) -> None:
+    model = make_model("llama", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    model.reference.save_pretrained(tmp_path, max_shard_size="100KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    whole = checkpoint.find_checkpoint(str(tmp_path), None)
+    assert whole.weight_bytes == sum(shard.stat().st_size for shard in shards)
+    shards[-1].unlink()
+    with pytest.raises(
+        NotFound, match=rf"lacks {shards[-1].name}, which model\.safetensors\.index\.json names"
+    ):
+        checkpoint.find_checkpoint(str(tmp_path), None)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(NotFound, match=r"is damaged .*has no weight_map"):
+        checkpoint.find_checkpoint(str(tmp_path), None)
+
+
+def test_weights_are_as_large_as_the_dtype_they_are_loaded_as(tmp_path: Path) -> None:
+    model = make_model("llama", tmp_path, dtype=torch.bfloat16)
+    num_weights = sum(parameter.numel() for parameter in model.reference.parameters())
+    found = checkpoint.find_checkpoint(str(tmp_path), None)
+    assert found.loaded_bytes("auto") == found.loaded_bytes("bfloat16") == 2 * num_weights
+    assert found.loaded_bytes("float16") == 2 * num_weights
+    assert found.loaded_bytes("float32") == 4 * num_weights
+
+
+def test_weights_in_two_forms_are_counted_once(tmp_path: Path) -> None:
+    make_model("llama", tmp_path)
+    file = tmp_path / "model.safetensors"
+    (tmp_path / "consolidated.safetensors").write_bytes(file.read_bytes())
+    assert checkpoint.find_checkpoint(str(tmp_path), None).weight_bytes == file.stat().st_size
+
+
 def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:
     make_model("llama", tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
