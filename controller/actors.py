@@ -16,12 +16,14 @@ from controller.router_actor import RouterActor
 from controller.status import ROUTER_POOL, ProcessReport, ProcessSpec
 from controller.worker_actor import WorkerActor
 from pdserve.config import ResourcesConfig
-from pdserve.contract.errors import ErrorInfo
+from pdserve.contract.errors import ErrorCode, ErrorInfo
 from pdserve.contract.messages import Members
 
 NAMESPACE = "pdserve"
 STOP_TIMEOUT_S = 5.0
 """How long a process may take to stop before it is killed."""
+_SILENT_END = "connection error code"
+"""In Ray's words for a process that went away and said nothing."""
 _EXIT_DETAIL = re.compile(r"(?:Worker exit detail|The actor is dead because): (.*?)(?:\. |\n|$)")
 
 
@@ -108,7 +110,7 @@ class RayProcess:
     async def start(self) -> ProcessReport:
         answer = await self._ask(self._actor.start)
         if isinstance(answer, ErrorInfo):
-            raise StartRefused(answer.message)
+            raise (ProcessEnded if answer.code is ErrorCode.INTERNAL else StartRefused)(answer.message)
         assert isinstance(answer, ProcessReport)
         return answer
 
@@ -191,6 +193,8 @@ def _free_by_node() -> dict[str, dict[str, float]]:
 
 
 def _how_it_ended(error: RayActorError) -> str:
+    if _SILENT_END in str(error):
+        return "its process was killed (as the kernel does when memory runs out) or crashed"
     found = _EXIT_DETAIL.search(str(error))
     return f"its process died: {found[1].strip()}" if found else _last_line(error)
 

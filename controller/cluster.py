@@ -6,6 +6,7 @@ Call `ray_environment.prepare_ray` before importing this.
 import asyncio
 import ctypes
 import logging
+import os
 import socket
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,8 @@ import psutil
 import ray
 
 from controller.actors import NAMESPACE
-from pdserve.contract.errors import ConfigError
+from controller.start_errors import LOGS
+from pdserve.contract.errors import ConfigError, Unavailable
 
 OBJECT_STORE_BYTES = 80 << 20
 """About the least that Ray takes; nothing of weight travels through Ray."""
@@ -38,7 +40,8 @@ class Cluster:
         self._processes: list[psutil.Process] = []
 
     async def connect(self) -> None:
-        """Raises ConfigError when the cluster cannot be reached. Even when cancelled it does not return
+        """Raises ConfigError when the cluster cannot be reached, Unavailable when a local one does not start.
+        Even when cancelled it does not return
         before Ray's own start is over, so that nothing half-started is left behind."""
         starting = asyncio.get_running_loop().run_in_executor(self._thread, self._connect)
         try:
@@ -92,38 +95,55 @@ def _adopt_orphans() -> None:
 
 
 def _start_local(num_processes: int) -> None:
-    ray.init(
-        address="local",
-        namespace=NAMESPACE,
-        # Actors ask for no CPU, since threads are set per worker. But Ray starts so many processes ahead of
-        # time, and the first actors find theirs waiting.
-        num_cpus=num_processes,
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-    )
+    try:
+        ray.init(
+            address="local",
+            namespace=NAMESPACE,
+            # Actors ask for no CPU, since threads are set per worker. But Ray starts so many processes ahead
+            # of time, and the first actors find theirs waiting.
+            num_cpus=num_processes,
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+        )
+    except (OSError, RuntimeError, ValueError) as error:  # also TimeoutError and ConnectionError
+        raise Unavailable(f"Ray does not start on this machine ({_reason(error)}); {LOGS}") from error
 
 
 def _join(address: str) -> None:
+    if address == "auto":
+        address = _running_here()
     _require_reachable(address)
     try:
         # What Ray warns of on the way is in the error, or does not matter.
         with warnings.catch_warnings(action="ignore"):
             ray.init(address=address, namespace=NAMESPACE, configure_logging=False, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"cannot join the Ray cluster at {address!r} ({reason}): check --address, `ray status` "
+            f"cannot join the Ray cluster at {address!r} ({_reason(error)}): check --address, `ray status` "
             "there, and RAY_AUTH_MODE=token where the cluster asks for a token",
             param="ray.address",
         ) from error
 
 
+def _running_here() -> str:
+    """The cluster of RAY_ADDRESS, else the one that this machine has joined with `ray start`. Ray's own
+    ``auto`` would also take the private Ray of another pdserve, and end with it."""
+    from ray._private.utils import read_ray_address  # not public, and nothing public says it
+
+    address = os.environ.get("RAY_ADDRESS") or read_ray_address()
+    if not address or address == "auto":
+        raise ConfigError(
+            "no Ray cluster runs on this machine: start one with `ray start --head`, give host:port after "
+            "--address, or leave --address out and get a local Ray",
+            param="ray.address",
+        )
+    return str(address)
+
+
 def _require_reachable(address: str) -> None:
     """Ray itself tries for minutes."""
-    if address == "auto":
-        return
     scheme = "ray://" if address.startswith("ray://") else ""
     host, _, port = address.removeprefix(scheme).rpartition(":")
     if not host or not port.isdigit():
@@ -140,3 +160,8 @@ def _require_reachable(address: str) -> None:
             "--head`, or give another --address",
             param="ray.address",
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what it says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from controller.launch import STAYING
-from controller.terminal import say, say_piece
+from controller.terminal import complain_as_told, say, say_piece
 from pdserve.config import runtime_folder
 
 _LOOK_S = 0.1
@@ -18,13 +18,13 @@ say that they have grown."""
 def start_detached(name: str, arguments: Sequence[str]) -> int:
     """Run the launcher with `arguments`, which lack --detach, in a session of its own. Pass on what it says
     until the system is ready; returns the launcher's exit code if it ends before that."""
-    log = runtime_folder() / f"{name}.log"
-    with log.open("w", encoding="utf-8") as output:
+    log, errors = runtime_folder() / f"{name}.log", runtime_folder() / f"{name}.errors"
+    with log.open("w", encoding="utf-8") as output, errors.open("w", encoding="utf-8") as error_output:
         launcher = subprocess.Popen(
             [sys.executable, "-m", "controller.cli", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=output,
-            stderr=subprocess.STDOUT,
+            stderr=error_output,
             start_new_session=True,
         )
     try:
@@ -34,6 +34,7 @@ def start_detached(name: str, arguments: Sequence[str]) -> int:
         launcher.terminate()
         launcher.wait()
         raise
+    complain_as_told(errors.read_text(encoding="utf-8"))
     if exit_code == 0:
         say(f"It runs in the background and writes to {log}.\nEnd it with: pdserve down --name {name}")
     return exit_code

@@ -1,6 +1,9 @@
-"""What Ray reads from the environment when it is imported. Set here before anything imports it."""
+"""What has to be arranged in a process before it imports Ray: what Ray reads from the environment, and
+where its libraries write."""
 
 import os
+import sys
+from functools import cache
 
 AUTH_MODE = "RAY_AUTH_MODE"
 
@@ -20,6 +23,19 @@ def prepare_ray(auth_mode: str = "") -> None:
         os.environ.setdefault(name, value)
     if auth_mode:
         os.environ[AUTH_MODE] = auth_mode
+    _keep_stderr()
+
+
+@cache
+def _keep_stderr() -> None:
+    """From now on only Python writes to this process' stderr. Libraries in C, which write to file descriptor
+    2, would put lines of their own between ours; what matters of them is also in Ray's logs."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    sys.stderr = os.fdopen(kept, "w", encoding="utf-8", errors="backslashreplace", buffering=1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
 
 
 def auth_mode() -> str:

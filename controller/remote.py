@@ -10,6 +10,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from controller.actors import NAMESPACE, controller_name, stop_leftovers
 from controller.controller_actor import ControllerActor
 from controller.plan import Deployment
+from controller.start_errors import LOGS
 from controller.status import SystemStatus
 from pdserve.contract.errors import ConfigError, NotFound, Unavailable
 
@@ -94,4 +95,4 @@ def _why(error: RayActorError) -> str:
     """The cause and what to do about it."""
     if "ModuleNotFoundError" in str(error):
         return "the cluster's nodes lack pdserve or a part of it: install the same version on all of them"
-    return "see Ray's logs (on the head node, by default in /tmp/ray/session_latest/logs)"
+    return f"{LOGS} on the head node"

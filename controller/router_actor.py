@@ -5,18 +5,22 @@ The front is imported by the router's own process only, so that the controller s
 
 import asyncio
 import importlib
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
 from controller.addresses import node_name
 from controller.plan import ProcessPlan
+from controller.start_errors import start_error
 from controller.status import ProcessReport
-from pdserve.contract.errors import ErrorInfo, PdserveError
+from pdserve.contract.errors import ErrorInfo
 from pdserve.contract.messages import Members
 from pdserve.logs import set_up_logging
 
 if TYPE_CHECKING:
     from controller.router_front import RouterFront
+
+log = logging.getLogger(__name__)
 
 
 class RouterActor:
@@ -60,11 +64,12 @@ class RouterActor:
         self._stopped.set()
 
     async def _start(self) -> ProcessReport | ErrorInfo:
-        module = await asyncio.to_thread(importlib.import_module, "controller.router_front")
-        front: RouterFront = module.RouterFront(self._plan)
         try:
+            module = await asyncio.to_thread(importlib.import_module, "controller.router_front")
+            front: RouterFront = module.RouterFront(self._plan)
             await front.start()
-        except PdserveError as error:
-            return error.info
+        except Exception as error:  # whatever it is, the controller has to hear of it
+            log.exception("cannot start")
+            return start_error(error)
         self._front = front
         return front.report()

@@ -6,9 +6,8 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from prometheus_client import start_http_server
-
 from controller.addresses import node_name, reachable
+from controller.metrics_page import serve_metrics
 from controller.model_files import fetch_text_files
 from controller.plan import ProcessPlan
 from controller.status import ProcessReport
@@ -51,7 +50,7 @@ class RouterFront:
         folder = await asyncio.to_thread(fetch_text_files, self._plan.deployment.model)
         text_model = await asyncio.to_thread(TextModel.load, folder)
         await self._serve(text_model)
-        self._metrics_url = self._serve_metrics()
+        self._metrics_url = serve_metrics(self._router.registry, self._plan.deployment)
         self._takes = most_comfortable(text_model)
 
     def report(self) -> ProcessReport:
@@ -108,11 +107,6 @@ class RouterFront:
             with contextlib.suppress(ConfigError):
                 return await serve(int(previous_address.rpartition(":")[2]))
         return await serve(0)
-
-    def _serve_metrics(self) -> str:
-        host = self._plan.deployment.config.network.metrics_host
-        server, _ = start_http_server(0, host, self._router.registry)
-        return f"http://{reachable(host, server.server_port, self._plan.deployment)}/metrics"
 
     def _reachable(self, port: int) -> str:
         return reachable(self._config.host, port, self._plan.deployment)

@@ -32,6 +32,12 @@ def complain(line: str) -> None:
     sys.stderr.flush()
 
 
+def complain_as_told(text: str) -> None:
+    """To stderr, what another pdserve has complained of."""
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
 class Progress:
     """One line per thing that happens while a system starts; what has been said is not repeated."""
 

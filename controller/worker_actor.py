@@ -5,22 +5,25 @@ actor whose process waits for its turn stays small.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import start_http_server
-
-from controller.addresses import advertised_host, bind_host, join, node_name, reachable
+from controller.addresses import advertised_host, bind_host, join, node_name
+from controller.metrics_page import serve_metrics
 from controller.plan import ProcessPlan
+from controller.room import kv_memory
+from controller.start_errors import start_error
 from controller.status import ProcessReport
 from pdserve.clock import LoopClock, SystemRng
-from pdserve.contract.errors import ConfigError, ErrorInfo, PdserveError
+from pdserve.contract.errors import ConfigError, ErrorInfo
 from pdserve.contract.ids import WorkerId
 from pdserve.contract.messages import Member, Role
 from pdserve.logs import set_up_logging
+from router.listen import bind
 
 if TYPE_CHECKING:
     from controller.worker import Worker, WorkerSettings
@@ -29,11 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_AUTO_KV_BYTES = 4 << 30
-"""On a CPU: more is seldom of use, and the machine is shared."""
-AUTO_KV_FRACTION = 0.5
-AUTO_KV_FRACTION_GPU = 0.85
-"""A GPU has little else to do."""
 LAST_WORDS_S = 1.0
 """How long a worker whose engine loop has failed lives on to say why."""
 
@@ -91,9 +89,9 @@ class WorkerActor:
         try:
             engine = await asyncio.to_thread(self._load_engine)
             await self._serve(engine)
-        except PdserveError as error:
-            log.error("cannot start: %s", error)
-            return error.info
+        except Exception as error:  # whatever it is, the controller has to hear of it
+            log.exception("cannot start")
+            return start_error(error)
         return await self.report()
 
     def _load_engine(self) -> "ModelEngine":
@@ -121,28 +119,25 @@ class WorkerActor:
             self._worker_settings(),
         )
         self._member = await self._listen(worker)
-        self._metrics_url = self._serve_metrics(worker)
         self._worker = worker
+        self._metrics_url = serve_metrics(worker.registry, self._plan.deployment)
 
     async def _listen(self, worker: "Worker") -> Member:
+        """Raises ConfigError naming the setting that has to change."""
         deployment = self._plan.deployment
-        ports = deployment.config.network.worker_ports
-        first, last = ports or (0, 0)
+        host = bind_host(deployment)
+        first, last = deployment.config.network.worker_ports or (0, 0)
         for port in range(first, last + 1):
-            try:
-                member = await worker.start(join(bind_host(deployment), port))
-            except ConfigError:
-                if port == last:
-                    raise
-                continue
-            real_port = int(member.address.rpartition(":")[2])
-            return replace(member, address=join(advertised_host(deployment), real_port))
-        raise AssertionError("the range holds at least one port")
-
-    def _serve_metrics(self, worker: "Worker") -> str:
-        host = self._plan.deployment.config.network.metrics_host
-        server, _ = start_http_server(0, host, worker.registry)
-        return f"http://{reachable(host, server.server_port, self._plan.deployment)}/metrics"
+            with contextlib.suppress(ConfigError):  # it is taken, so the next
+                member = await worker.start(join(host, port))
+                real_port = int(member.address.rpartition(":")[2])
+                return replace(member, address=join(advertised_host(deployment), real_port))
+        bind(host, 0, "network.bind or network.address").close()  # raises where the host is what is wrong
+        raise ConfigError(
+            f"no port of network.worker_ports ({first}-{last}) is free on {host}: widen the range, or stop "
+            "the processes that hold them",
+            param="network.worker_ports",
+        )
 
     def _threads(self) -> tuple[int, bool]:
         """How many threads, and whether the machine's workers together have more than it has cores."""
@@ -174,23 +169,15 @@ class WorkerActor:
 
     def _kv_memory(self) -> tuple[int | None, float]:
         """Bytes, or None and the share of what is free after loading."""
-        wanted = self._plan.deployment.config.engine.kv_memory
-        if isinstance(wanted, int):
-            return wanted, AUTO_KV_FRACTION
-        return (None, wanted) if isinstance(wanted, float) else self._auto_kv_memory()
-
-    def _auto_kv_memory(self) -> tuple[int | None, float]:
         from pdserve.engine.checkpoint import find_checkpoint
         from pdserve.engine.host import available_bytes, find_device
 
-        deployment = self._plan.deployment
-        device = find_device(deployment.config.model.device)
-        if device.type == "cuda":
-            return None, AUTO_KV_FRACTION_GPU * min(1.0, self._plan.num_gpus or 1 / self._plan.num_neighbours)
-        weight_bytes = find_checkpoint(deployment.model.path, deployment.model.revision).weight_bytes
-        share = AUTO_KV_FRACTION / self._plan.num_neighbours
-        is_plenty = (available_bytes(device) - weight_bytes) * share > MAX_AUTO_KV_BYTES
-        return (MAX_AUTO_KV_BYTES if is_plenty else None), share
+        config, model = self._plan.deployment.config, self._plan.deployment.model
+        device = find_device(config.model.device)
+        is_gpu = device.type == "cuda"
+        share = (is_gpu and min(1.0, self._plan.num_gpus)) or 1 / self._plan.num_neighbours
+        weight_bytes = find_checkpoint(model.path, model.revision).loaded_bytes(config.model.dtype)
+        return kv_memory(config.engine.kv_memory, is_gpu, share, available_bytes(device) - weight_bytes)
 
     def _worker_settings(self) -> "WorkerSettings":
         from controller.worker import WorkerSettings

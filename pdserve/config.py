@@ -97,9 +97,9 @@ class EngineConfig(_Section):
     step_budget_ms: PositiveSeconds = 200.0
     """How long one engine step should take at most; a step computes as many chunks as fit."""
     kv_memory: KvMemory = "auto"
-    """Size of one worker's KV pool: bytes (`512MiB`), a fraction of the memory that is free after loading
-    (`0.4`), or `auto`: on a CPU half of that, shared by the workers of the machine, and at most 4GiB; on a
-    GPU 85 % of it, shared by the workers of the GPU."""
+    """Size of one worker's KV pool: bytes (`512MiB`), or a fraction of the memory that is free after loading
+    (`0.4`), shared by the workers of the machine or of the GPU. `auto` is 0.5 on a CPU, but at most 4GiB for
+    each worker, and 0.85 on a GPU."""
     threads: Positive | None = None
     """CPU threads of one worker's operators. Empty: the machine's cores divided by its workers, at least
     1."""
@@ -282,7 +282,7 @@ def load_config(file: Path | None = None, options: Mapping[str, object] | None =
     source = str(file) if file is not None else "configuration"
     _validate(content, source)  # so that a bad file is not blamed on the options
     for key, value in (options or {}).items():
-        _set(content, key.split("."), value)
+        _set(content, key, value)
     return _validate(content, "command line" if options else source)
 
 
@@ -311,11 +311,19 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return content
 
 
-def _set(content: dict[str, Any], path: list[str], value: object) -> None:
-    *sections, key = path
-    for section in sections:
+def _set(content: dict[str, Any], key: str, value: object) -> None:
+    """Put `value` at its place, which is made where it is missing."""
+    *sections, last = key.split(".")
+    for index, section in enumerate(sections):
         content = content.setdefault(section, {})
-    content[key] = value
+        if not isinstance(content, dict):
+            above = ".".join(sections[: index + 1])
+            raise ConfigError(
+                f"command line: {key} cannot be set, because {above} has been set to {content!r}: leave out "
+                "one of them",
+                param=key,
+            )
+    content[last] = value
 
 
 def _validate(content: Mapping[str, object], source: str) -> DeployConfig:

@@ -5,6 +5,8 @@ import pytest
 from controller import cli, running
 from controller.actors import describe_shortage
 from controller.plan import Deployment, ModelSource
+from controller.room import MAX_AUTO_KV_BYTES, kv_memory, require_room_for_all
+from controller.start_errors import start_error
 from controller.status import (
     ProcessReport,
     ProcessSpec,
@@ -15,7 +17,7 @@ from controller.status import (
 )
 from controller.terminal import Progress, ready_text, table
 from pdserve.config import ResourcesConfig, load_config
-from pdserve.contract.errors import ConfigError, NotFound
+from pdserve.contract.errors import ConfigError, ErrorCode, NotFound
 from pdserve.contract.work import BlockCounts
 
 
@@ -79,6 +81,7 @@ def test_every_option_names_a_key_that_exists() -> None:
         (["up", "--set", "engine"], "--set 'engine' is not KEY=VALUE"),
         (["up", "--set", "engine.kv_memory=["], "the value is not valid YAML"),
         (["up", "--set", "engine.blocksize=3"], "did you mean block_size?"),
+        (["up", "--set", "model=foo", "--set", "model.path=x"], "model has been set to 'foo'"),
         (["up", "--dtype", "int3"], "model.dtype is not valid"),
         (["up", "--decode", "0"], "decode.replicas must be at least 1"),
         (["up", "--port", "-1"], "router.http_port is not valid"),
@@ -233,6 +236,77 @@ def test_what_is_missing_is_named(
     assert bool(line) == bool(words)
     if line:
         assert "pools.decode.resources" in line
+
+
+# --- memory ---
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "kv", "weight_bytes", "words"),
+    [
+        (1, "auto", 8 * GIB, ""),
+        (2, "auto", 5 * GIB, "the weights of 2 workers take 5.00 GiB each, free are 8.00 GiB"),
+        (1, "auto", 9 * GIB, "the weights of one worker take 9.00 GiB, free are 8.00 GiB"),
+        (2, "2GiB", 2 * GIB, ""),
+        (2, "3GiB", 2 * GIB, "those of 2 workers take 3.00 GiB each, free beside the weights are 4.00 GiB"),
+        (2, 0.9, 4 * GIB, ""),
+    ],
+)
+def test_workers_of_one_machine_have_to_fit_together(
+    num_workers: int, kv: object, weight_bytes: int, words: str
+) -> None:
+    options = {"pools.prefill.replicas": 0, "pools.decode.replicas": num_workers, "engine.kv_memory": kv}
+    config = load_config(None, options)
+    if not words:
+        return require_room_for_all(config, "m", weight_bytes, 8 * GIB)
+    with pytest.raises(ConfigError) as caught:
+        require_room_for_all(config, "m", weight_bytes, 8 * GIB)
+    assert words in str(caught.value)
+    assert str(caught.value).endswith("or free memory")
+    return None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "is_gpu", "share", "expected"),
+    [
+        (GIB, False, 0.5, (GIB, 0.5)),
+        (0.8, False, 0.25, (None, 0.2)),
+        (0.8, True, 1.0, (None, 0.8)),
+        ("auto", False, 0.5, (None, 0.25)),
+        ("auto", False, 1.0, (MAX_AUTO_KV_BYTES, 0.5)),
+        ("auto", True, 0.5, (None, 0.425)),
+    ],
+)
+def test_pools_of_one_machine_share_what_is_free(
+    wanted: float, is_gpu: bool, share: float, expected: tuple[int | None, float]
+) -> None:
+    assert kv_memory(wanted, is_gpu, share, free_bytes=10 * GIB) == expected
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's own."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (ConfigError("no port is free"), ErrorCode.INVALID_REQUEST, "no port is free"),
+        (OutOfMemoryError("CUDA out of memory.\nTried"), ErrorCode.INTERNAL, "(CUDA out of memory.): lower"),
+        (
+            MemoryError(),
+            ErrorCode.INTERNAL,
+            "it ran out of memory (no more is known): lower engine.kv_memory",
+        ),
+        (OSError(5, "Input/output error"), ErrorCode.INTERNAL, "OSError: [Errno 5] Input/output error; more"),
+    ],
+)
+def test_whatever_ends_a_start_becomes_one_line(error: Exception, code: ErrorCode, words: str) -> None:
+    told = start_error(error)
+    assert told.code is code
+    assert words in told.message
+    assert "\n" not in told.message
 
 
 def test_processes_of_a_deployment() -> None:

@@ -97,6 +97,13 @@ def test_a_bad_value_names_the_key_and_what_is_allowed(key: str, value: object, 
         assert word in line
 
 
+def test_a_section_that_is_also_a_value() -> None:
+    line = refusal(None, model="foo", model__path="x")
+    assert line == (
+        "command line: model.path cannot be set, because model has been set to 'foo': leave out one of them"
+    )
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "check the path after --config" in refusal(tmp_path / "missing.yaml")
     broken = tmp_path / "broken.yaml"
