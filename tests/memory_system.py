@@ -122,6 +122,15 @@ class MemorySystem:
         engine = next(iter(self.engines.values()))
         return engine.reference_output(pack_tokens(prompt), sampling, seed, sampling.max_tokens)
 
+    def metric(self, worker: str, name: str, **labels: str) -> float:
+        """A sample of a worker's metrics; 0 before the first event."""
+        pool = {"pool": self.workers[worker].role.value}
+        return self.workers[worker].registry.get_sample_value(f"pdserve_{name}", pool | labels) or 0.0
+
+    def router_metric(self, name: str, **labels: str) -> float:
+        """A sample of the router's metrics; 0 before the first event."""
+        return self.router.registry.get_sample_value(f"pdserve_{name}", labels) or 0.0
+
     async def at_rest(self) -> None:
         """Wait until nothing is held anywhere; raises when something is left behind."""
         for _ in range(200):

@@ -27,6 +27,7 @@ from pdserve.contract.errors import (
     ProtocolViolation,
     RequestTooLong,
     StaleIncarnation,
+    StreamBroken,
     TransferCorrupt,
     Unavailable,
     error_from_info,
@@ -151,6 +152,8 @@ class PrefillSource:
             with self._enrolled(job):
                 await _PrefillCall(self, job, stream).run()
             outcome = "sealed"
+        except StreamBroken:  # the decode worker has given up, or is gone
+            raise
         except PdserveError as error:
             outcome = error.info.code.value
             raise

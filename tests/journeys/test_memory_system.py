@@ -96,27 +96,6 @@ def test_only_missing_blocks_travel() -> None:
     run_virtual(story())
 
 
-@pytest.mark.parametrize("num_tokens_read", [0, 1, 5])
-def test_closing_the_generator_frees_both_sides(num_tokens_read: int) -> None:
-    async def story() -> None:
-        async with MemorySystem() as system:
-            request = GenerateRequest(pack_tokens(prompt_of(40)), greedy(100), seed=1)
-            deltas = system.router.generate(system.router.new_request_id(), request)
-            first = asyncio.ensure_future(anext(deltas))
-            await system.clock.sleep(0.006)  # the prompt is being computed
-            if num_tokens_read:
-                await first
-                for _ in range(num_tokens_read - 1):
-                    await anext(deltas)
-            else:
-                first.cancel()
-                await asyncio.gather(first, return_exceptions=True)
-            await deltas.aclose()
-            await system.at_rest()
-
-    run_virtual(story())
-
-
 @pytest.mark.parametrize("killed", ["prefill-0", "decode-0"])
 @pytest.mark.parametrize("at_s", [0.001, 0.006, 0.012, 0.02, 0.03, 0.05])
 def test_a_killed_worker_costs_time_and_no_token(killed: str, at_s: float) -> None:
@@ -177,11 +156,26 @@ def test_waits_end() -> None:
     run_virtual(story())
 
 
+def test_a_deadline_holds_for_a_client_that_reads_slowly() -> None:
+    async def story() -> None:
+        async with MemorySystem() as system:
+            request = GenerateRequest(pack_tokens(prompt_of(20)), greedy(9), 1, deadline_s=1.0)
+            deltas = system.router.generate(system.router.new_request_id(), request)
+            for _ in range(3):
+                await anext(deltas)
+                await system.clock.sleep(0.4)  # everything has been generated long before
+            with pytest.raises(DeadlineExceeded):
+                await anext(deltas)
+
+    run_virtual(story())
+
+
 def test_what_can_never_fit_is_refused_at_once() -> None:
     async def story() -> None:
         async with MemorySystem(num_blocks=8) as system:
-            with pytest.raises(RequestTooLong, match="32 tokens"):
+            with pytest.raises(RequestTooLong, match=r"35 tokens were asked for.* holds 32 tokens"):
                 await system.generate(prompt_of(30), greedy(5))
+            assert system.router_metric("router_attempts_total") == 0  # no worker was asked
             await system.at_rest()
 
     run_virtual(story())

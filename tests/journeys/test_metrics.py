@@ -1,0 +1,164 @@
+"""What the metrics say after runs of which everything is known, in virtual time."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import pytest
+
+from pdserve.contract.errors import RequestTooLong
+from pdserve.contract.messages import Members, Role
+from pdserve.contract.tokens import pack_tokens
+from pdserve.contract.work import StepCost
+from pdserve.handoff.prefill_job import JobState
+from router.requests import GenerateRequest
+from tests.journeys.test_faults_in_memory import prompt_of, run_virtual, until
+from tests.memory_system import MemorySystem, greedy
+
+BLOCK, CHUNK = 4, 8  # of the fake engine
+STEP_S = 0.05
+
+
+@asynccontextmanager
+async def steady_system(num_prefill: int = 1, num_decode: int = 1) -> AsyncIterator[MemorySystem]:
+    """Every step takes STEP_S, whatever is in it, and messages take no time."""
+    cost = StepCost(STEP_S, per_prefill_token_s=0.0, per_decode_sequence_s=0.0)
+    async with MemorySystem(num_prefill, num_decode, num_blocks=200, cost=cost) as system:
+        yield system
+
+
+def test_tokens_blocks_and_times_of_a_split_request() -> None:
+    async def story() -> None:
+        async with steady_system() as system:
+            await system.generate(prompt_of(33), greedy(9))
+            await system.at_rest()
+            prefill = {
+                "prompt_tokens_total": 33,
+                "generated_tokens_total": 1,
+                "prefix_query_tokens_total": 33,
+            }
+            decode = {"prompt_tokens_total": 0, "generated_tokens_total": 8, "prefix_query_tokens_total": 33}
+            assert {name: system.metric("prefill-0", name) for name in prefill} == prefill
+            assert {name: system.metric("decode-0", name) for name in decode} == decode
+            assert system.metric("prefill-0", "prefill_calls_total", outcome="sealed") == 1
+            assert system.metric("decode-0", "worker_requests_total", outcome="length") == 1
+            assert system.router_metric("router_requests_total", outcome="length") == 1
+            assert system.router_metric("router_prompt_tokens_total") == 33
+            assert system.router_metric("router_output_tokens_total") == 9
+            # 5 chunks until the first token; then a step for each of the 8 others
+            assert system.router_metric("time_to_first_token_seconds_count") == 1
+            assert system.router_metric("time_to_first_token_seconds_sum") == pytest.approx(5 * STEP_S)
+            assert system.router_metric("inter_token_seconds_count") == 8
+            assert system.router_metric("inter_token_seconds_sum") == pytest.approx(8 * STEP_S)
+
+    run_virtual(story())
+
+
+def test_transfers_and_prefix_hits() -> None:
+    async def story() -> None:
+        async with steady_system() as system:
+            block_bytes = system.engines["decode-0"].info.block_bytes
+            for num_blocks, num_hits in ((9, 0), (10, 32)):  # all 9 blocks, then only the last one again
+                await system.generate(prompt_of(33), greedy(2))
+                await system.at_rest()
+                num_bytes = system.metric("decode-0", "kv_transfer_bytes_total", transport="grpc")
+                assert num_bytes == num_blocks * block_bytes
+                for worker in ("prefill-0", "decode-0"):
+                    assert system.metric(worker, "prefix_hit_tokens_total") == num_hits
+            verified = {"transport": "grpc", "result": "verified"}
+            num_segments = system.metric("decode-0", "kv_segments_total", **verified)
+            assert num_segments == 5 + 1  # one per chunk
+            assert system.metric("decode-0", "kv_segment_seconds_count", transport="grpc") == num_segments
+
+    run_virtual(story())
+
+
+def test_an_unsplit_worker_counts_every_token_once() -> None:
+    async def story() -> None:
+        async with steady_system(num_prefill=0) as system:
+            await system.generate(prompt_of(33), greedy(9))
+            await system.at_rest()
+            assert system.metric("decode-0", "prompt_tokens_total") == 33
+            assert system.metric("decode-0", "generated_tokens_total") == 9
+
+    run_virtual(story())
+
+
+def test_a_decode_worker_that_computes_a_prompt_for_another_counts_what_it_samples() -> None:
+    async def story() -> None:
+        async with steady_system(num_prefill=0, num_decode=2) as system:
+            source, taker = (worker.member() for worker in system.workers.values())
+            system.router.set_members(Members(99, (replace(source, role=Role.PREFILL), taker)))
+            await system.generate(prompt_of(33), greedy(9))
+            await system.at_rest()
+            names = "prompt_tokens_total", "generated_tokens_total"
+            assert [system.metric("decode-0", name) for name in names] == [33, 1]
+            assert [system.metric("decode-1", name) for name in names] == [0, 8]
+
+    run_virtual(story())
+
+
+def test_queues_and_batches_while_requests_wait_and_run() -> None:
+    async def story() -> None:
+        async with steady_system() as system:
+            running = asyncio.create_task(system.generate(prompt_of(8), greedy(100)))
+            await until(lambda: system.metric("decode-0", "active_sequences") == 1)
+            computed = asyncio.create_task(system.generate(prompt_of(80, seed=2), greedy(2)))
+            queued = asyncio.create_task(system.generate(prompt_of(40, seed=3), greedy(2)))
+            calls = system.workers["prefill-0"].calls
+            await until(lambda: any(job.num_computed == 5 * CHUNK for job in calls.in_state(JobState.READY)))
+            assert system.metric("prefill-0", "active_sequences") == 1
+            assert system.metric("prefill-0", "waiting_requests") == 1
+            assert system.metric("prefill-0", "backlog_tokens") == 80 - 5 * CHUNK + 40
+            assert system.metric("decode-0", "active_sequences") == 1
+            assert system.metric("decode-0", "waiting_requests") == 2
+            assert system.metric("decode-0", "backlog_tokens") == 0  # it computes no prompts itself
+            assert system.metric("decode-0", "kv_blocks", state="reserved") == 80 // BLOCK
+            assert system.router_metric("router_running_requests") == 3
+            await asyncio.gather(running, computed, queued)
+            await system.at_rest()
+            for worker in ("prefill-0", "decode-0"):
+                for gauge in ("active_sequences", "waiting_requests", "backlog_tokens"):
+                    assert system.metric(worker, gauge) == 0
+
+    run_virtual(story())
+
+
+def test_requests_that_no_worker_can_take_yet_are_counted_as_waiting() -> None:
+    async def story() -> None:
+        async with steady_system() as system:
+            away = system.workers.pop("decode-0")
+            system.push_members()
+            waiting = asyncio.create_task(system.generate(prompt_of(33), greedy(2)))
+            await system.clock.sleep(1)
+            assert system.router_metric("router_waiting_requests") == 1
+            assert system.router_metric("router_waiting_tokens") == 33
+            system.workers["decode-0"] = away
+            system.push_members()
+            await waiting
+            assert system.router_metric("router_waiting_requests") == 0
+
+    run_virtual(story())
+
+
+def test_errors_are_counted_by_type() -> None:
+    async def story() -> None:
+        async with steady_system() as system:
+            with pytest.raises(RequestTooLong):
+                await system.generate(prompt_of(33), greedy(1000))
+            assert system.router_metric("router_requests_total", outcome="request_too_long") == 1
+            assert system.router_metric("router_attempts_total") == 0  # nothing has reached a worker
+
+    run_virtual(story())
+
+
+def test_a_client_that_reads_slowly_does_not_change_the_times_of_its_tokens() -> None:
+    async def story() -> None:
+        async with steady_system() as system:
+            request = GenerateRequest(pack_tokens(prompt_of(8)), greedy(5), 1)
+            async for _ in system.router.generate(system.router.new_request_id(), request):
+                await system.clock.sleep(1)
+            assert system.router_metric("inter_token_seconds_sum") == pytest.approx(4 * STEP_S)
+
+    run_virtual(story())
