@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,8 +24,9 @@ import httpx
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-START_TIMEOUT_S = 90.0
-END_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 60.0
+"""Twice what a start may take; with the end's it stays below what pytest gives a test."""
+END_TIMEOUT_S = 40.0
 STAYING = "Press Ctrl-C to end it."
 
 
@@ -35,6 +37,7 @@ class Up:
         self.process = process
         self.lines: list[str] = []
         self.error_lines: list[str] = []
+        self._has_ended = False
         self._said_more = threading.Condition()
         self._readers = [
             threading.Thread(target=self._read, args=(stream, lines), daemon=True)
@@ -49,14 +52,13 @@ class Up:
         assert found is not None, f"no URL in {self.lines}"
         return found[1]
 
-    def wait_for(self, text: str) -> None:
-        """Until a line contains `text`; fails when the command ends first."""
+    def wait_for(self, text: str, since: int = 0) -> None:
+        """Until a line, the first `since` left out, contains `text`; fails when the command ends first."""
         deadline = time.monotonic() + START_TIMEOUT_S
         with self._said_more:
-            while not any(text in line for line in self.lines):
-                self._said_more.wait(0.2)
-                over = self.process.poll() is not None and not self._readers[0].is_alive()
-                assert not over, f"ended before {text!r}: {self.lines} {self.error_lines}"
+            while not any(text in line for line in self.lines[since:]):
+                assert not self._has_ended, f"ended before {text!r}: {self.lines} {self.error_lines}"
+                self._said_more.wait(deadline - time.monotonic())
                 assert time.monotonic() < deadline, f"no {text!r} in {self.lines} {self.error_lines}"
 
     def family(self) -> list[psutil.Process]:
@@ -83,6 +85,9 @@ class Up:
             with self._said_more:
                 lines.append(line.rstrip("\n"))
                 self._said_more.notify_all()
+        with self._said_more:
+            self._has_ended |= lines is self.lines
+            self._said_more.notify_all()
 
 
 @dataclass
@@ -122,6 +127,11 @@ class Pdserve:
         """What the launcher has written down about a running system."""
         content: dict[str, Any] = json.loads((self.runtime / "pdserve" / f"{name}.json").read_text())
         return content
+
+    @property
+    def has_started_ray(self) -> bool:
+        """Whether a local Ray has ever run for this runtime folder."""
+        return (self.runtime / "ray").exists()
 
     def records(self) -> list[str]:
         return sorted(path.name for path in (self.runtime / "pdserve").glob("*.json"))
@@ -195,18 +205,40 @@ def end(system: Up) -> None:
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
-    """All of them have ended, without having to be killed."""
-    _, alive = psutil.wait_procs(processes, 10.0)
+    """All of them end, without having to be killed."""
+    _, alive = psutil.wait_procs(processes, END_TIMEOUT_S)
     names = [f"{process.pid} {process.name()}" for process in alive]
     for process in alive:
         process.kill()
     assert names == [], f"left running: {names}"
 
 
+def actors(system: Up) -> list[psutil.Process]:
+    """Controllers, routers and workers on the Ray of `system`."""
+    return [process for process in system.family() if "Actor" in title(process).partition(".")[0]]
+
+
+def title(process: psutil.Process) -> str:
+    """Its command line, or what Ray has put in its place; empty when the process is gone."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def free_ports(count: int) -> int:
+    """The first of `count` ports in a row that are free, below those that the system gives to anybody."""
+    for first in range(20_000 + os.getpid() % 10_000, 32_000, count):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as taken:
+            for port in range(first, first + count):
+                taken.enter_context(socket.create_server(("", port)))
+            return first
+    raise AssertionError("no ports are free")
+
+
 def complete(url: str, prompt: list[int], max_tokens: int = 8, **fields: object) -> list[int]:
     """Output token ids of one greedy completion."""
     body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "return_token_ids": True}
-    answer = httpx.post(f"{url}/v1/completions", json={**body, **fields}, timeout=60.0)
+    answer = httpx.post(f"{url}/v1/completions", json={**body, **fields}, timeout=30.0)
     assert answer.status_code == 200, answer.text
     ids: list[int] = answer.json()["choices"][0]["token_ids"]
     return ids
