@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from tests.integration.conftest import RaySystem
-from tests.ray_cluster import assert_gone, complete
-from tests.small_models import SmallModel
+from tests.ray_cluster import actors, assert_gone, complete, title
+from tests.small_models import SmallModel, make_model
 
-REPLACEMENT_TIMEOUT_S = 60.0
+REPLACEMENT_TIMEOUT_S = 30.0
 
 
 def reference(model: SmallModel, prompt: list[int], num_tokens: int) -> list[int]:
@@ -32,6 +32,15 @@ def reference(model: SmallModel, prompt: list[int], num_tokens: int) -> list[int
 def prompt_of(length: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, 300, (length,), generator=generator).tolist()
+
+
+def wait_until_replaced(system: RaySystem, victims: list[dict[str, Any]], since: int) -> dict[str, Any]:
+    """The status once the launcher has said, after its first `since` lines, that each of `victims` was lost
+    and is ready again, and the routers have connected to all workers."""
+    for victim in victims:
+        system.up.wait_for(f"{victim['id']} lost", since)
+        system.up.wait_for(f"{victim['id']} ready", since)
+    return wait_until_ready(system, {victim["pid"] for victim in victims})
 
 
 def wait_until_ready(system: RaySystem, old_pids: set[int]) -> dict[str, Any]:
@@ -157,21 +166,21 @@ def test_a_running_router_has_not_loaded_torch(ray_system: RaySystem) -> None:
 def test_killed_workers_are_replaced_and_requests_go_on(ray_system: RaySystem) -> None:
     """First the prefill worker alone: its prompts are computed at the decode worker. Then that one too."""
     before = ray_system.pdserve.status()["workers"]
+    since = len(ray_system.up.lines)
     prompt = prompt_of(50, seed=4)
     for victim in before:
         psutil.Process(victim["pid"]).kill()
         assert complete(ray_system.url, prompt, 6) == reference(ray_system.model, prompt, 6)
-    after = wait_until_ready(ray_system, {victim["pid"] for victim in before})["workers"]
+    after = wait_until_replaced(ray_system, before, since)["workers"]
     assert [worker["restarts"] for worker in after] == [worker["restarts"] + 1 for worker in before]
     assert complete(ray_system.url, prompt, 6) == reference(ray_system.model, prompt, 6)
-    for worker in before:
-        assert any(f"{worker['id']} lost" in line for line in ray_system.up.lines)
 
 
 def test_a_killed_router_is_replaced_at_its_port(ray_system: RaySystem) -> None:
     before = ray_system.pdserve.status()["routers"][0]
+    since = len(ray_system.up.lines)
     psutil.Process(before["pid"]).kill()
-    after = wait_until_ready(ray_system, {before["pid"]})["routers"][0]
+    after = wait_until_replaced(ray_system, [before], since)["routers"][0]
     assert (after["url"], after["grpc_address"]) == (ray_system.url, before["grpc_address"])
     prompt = prompt_of(30, seed=7)
     assert complete(ray_system.url, prompt, 4) == reference(ray_system.model, prompt, 4)
@@ -182,8 +191,8 @@ def test_a_killed_controller_comes_back_and_finds_everybody(ray_system: RaySyste
     known = {process["pid"] for process in [*before["routers"], *before["workers"]]}
     (controller,) = [
         process
-        for process in ray_system.up.family()
-        if process.pid not in known and "ControllerActor" in " ".join(process.cmdline())
+        for process in actors(ray_system.up)
+        if process.pid not in known and "ControllerActor" in title(process)
     ]
     controller.kill()
     prompt = prompt_of(60, seed=5)
@@ -212,10 +221,20 @@ class OnTheSameRay:
     def __init__(self, system: RaySystem) -> None:
         record = system.pdserve.record()
         self.pdserve = type(system.pdserve)(
-            system.pdserve.runtime, {"RAY_AUTH_MODE": record["ray_auth_mode"]}
+            system.pdserve.runtime,
+            {"RAY_AUTH_MODE": record["ray_auth_mode"], "RAY_ADDRESS": record["ray_address"]},
         )
-        self.options = ("--name", "second", "--address", record["ray_address"], "--port", "0")
+        self.options = ("--name", "second", "--address", "auto", "--port", "0")
         self.options += ("--set", "engine.kv_memory=16MiB")
+        self._system = system
+        self._pids = {process.pid for process in actors(system.up)}
+
+    def assert_as_before(self) -> None:
+        """Of the second system nothing is left; the first is untouched."""
+        assert_gone([process for process in actors(self._system.up) if process.pid not in self._pids])
+        assert {process.pid for process in actors(self._system.up)} == self._pids
+        assert self._system.pdserve.status()["state"] == "ready"
+        assert self.pdserve.records() == ["default.json"]
 
 
 @pytest.fixture
@@ -228,23 +247,32 @@ def test_what_no_node_can_take_is_named(same_ray: OnTheSameRay, chat_model: Smal
     line = same_ray.pdserve.refusal("up", *same_ray.options, "--model", str(chat_model.folder), *wanted)
     assert "unsplit-0 cannot be placed: it asks for moon_base 2, and no node has that" in line
     assert "pools.decode.resources" in line
-    assert same_ray.pdserve.records() == ["default.json"]
+    same_ray.assert_as_before()
 
 
 def test_a_quantised_model_is_refused_by_name(same_ray: OnTheSameRay, tmp_path: Path) -> None:
-    from tests.small_models import make_model
-
     model = make_model("llama", tmp_path / "squeezed")
     config = model.folder / "config.json"
     config.write_text(config.read_text().replace("{", '{"quantization_config": {"quant_method": "awq"},', 1))
     line = same_ray.pdserve.refusal("up", *same_ray.options, "--prefill", "0", "--model", str(model.folder))
     assert "is quantised (awq)" in line
     assert "float16, bfloat16 or float32" in line
-    assert same_ray.pdserve.records() == ["default.json"]
+    same_ray.assert_as_before()
+
+
+def test_a_pool_that_does_not_fit_is_refused_by_the_worker(
+    same_ray: OnTheSameRay, chat_model: SmallModel
+) -> None:
+    """On a cluster the launcher does not know what the nodes have."""
+    options = (*same_ray.options, "--prefill", "0", "--set", "engine.kv_memory=1TB")
+    line = same_ray.pdserve.refusal("up", "--model", str(chat_model.folder), *options)
+    assert "unsplit-0 cannot start: the KV pool of 931.32 GiB does not fit in the" in line
+    assert "lower engine.kv_memory" in line
+    same_ray.assert_as_before()
 
 
 def test_a_system_on_a_running_cluster_outlives_its_launcher(
-    same_ray: OnTheSameRay, ray_system: RaySystem, chat_model: SmallModel
+    same_ray: OnTheSameRay, chat_model: SmallModel
 ) -> None:
     """Unsplit, detached, beside the first system; `pdserve down` ends it and leaves the first."""
     options = (*same_ray.options, "--prefill", "0", "--decode", "1", "--detach")
@@ -258,5 +286,4 @@ def test_a_system_on_a_running_cluster_outlives_its_launcher(
     down = same_ray.pdserve.run("down", "--name", "second")
     assert down.returncode == 0, down.stderr
     assert_gone(family)
-    assert ray_system.pdserve.status()["state"] == "ready"
-    assert same_ray.pdserve.records() == ["default.json"]
+    same_ray.assert_as_before()
