@@ -4,7 +4,8 @@ and the only one that knows Ray.
 The life of a system here:
 
 1. `cli` reads the command line, `pdserve.config` makes one validated value of it.
-2. `launch` checks what can be checked at once (ports, the model's folder), starts a local Ray or connects to
+2. `launch` checks what can be checked at once: the APIs' ports (`ports` holds them), the model's files
+   (`model_files`), and whether the workers fit in this machine (`room`). It starts a local Ray or connects to
    a running one (`cluster`), and starts the controller.
 3. `controller_actor` is the named, detached actor that Ray restarts; its `controller.Controller` has one
    `pools.Slot` per router and worker. A slot creates its actor (`actors`), waits until it is placed, started

@@ -13,12 +13,12 @@ from typing import Any
 from controller import running
 from controller.model_files import resolve_model
 from controller.plan import Deployment
+from controller.ports import hold_api_ports
 from controller.ray_environment import auth_mode, prepare_ray
 from controller.status import SystemState, SystemStatus
 from controller.terminal import Progress, ready_text, say
 from pdserve.config import DeployConfig
 from pdserve.contract.errors import PdserveError, Unavailable
-from router.listen import bind
 
 STAYING = "Press Ctrl-C to end it."
 """The last line before the launcher only waits."""
@@ -48,21 +48,23 @@ async def run_system(config: DeployConfig, options: LaunchOptions) -> None:
     """
     progress = Progress()
     running.require_free(config.name)
-    deployment = check(config, progress)
-    async with _announced(config.name, deployment.is_local) as announcement:
-        try:
-            async with _interruptible(progress):
-                await _start_and_stay(deployment, announcement, options, progress)
-        except Interrupted:
-            if not announcement.system.url:
-                raise
+    with contextlib.ExitStack() as held:
+        deployment = _check(config, held, progress)
+        async with _announced(config.name, deployment.is_local) as announcement:
+            try:
+                async with _interruptible(progress):
+                    await _start_and_stay(deployment, announcement, options, progress)
+            except Interrupted:
+                if not announcement.system.url:
+                    raise
 
 
-def check(config: DeployConfig, progress: Progress) -> Deployment:
-    """All that can be found wrong before anything is started. Raises PdserveError."""
+def _check(config: DeployConfig, held: contextlib.ExitStack, progress: Progress) -> Deployment:
+    """All that can be found wrong before anything is started; `held` keeps the ports that were free. Raises
+    PdserveError."""
     is_local = config.ray.address is None
     if is_local:
-        _check_ports(config)
+        config = hold_api_ports(config, held)
         progress.note(f"looking for {config.model.path or 'the built-in model'}")
     return Deployment(config, resolve_model(config, fetch=is_local))
 
@@ -131,17 +133,6 @@ async def _until_stopped(controller: Any, status: SystemStatus, progress: Progre
         except Unavailable:
             return  # `pdserve down` has ended the controller
         progress.show(status)
-
-
-def _check_ports(config: DeployConfig) -> None:
-    """Raises ConfigError for the first port that is taken."""
-    router = config.router
-    for setting, first in (
-        ("HTTP port (--port)", router.http_port),
-        ("gRPC port (--grpc-port)", router.grpc_port),
-    ):
-        for index in range(router.replicas if first else 0):
-            bind(router.host, (first or 0) + index, setting).close()
 
 
 def _url(status: SystemStatus) -> str:

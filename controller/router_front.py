@@ -99,8 +99,8 @@ class RouterFront:
     async def _at_port(
         self, configured: int, previous_address: str, serve: Callable[[int], Awaitable[T]]
     ) -> T:
-        """Serve at this router's own port. Where any will do, take that of the router before, which clients
-        know, if it can still be had."""
+        """Serve at this router's own port. Where any will do (the launcher of a local system has chosen one
+        for a single router), take that of the router before, which clients know, if it can still be had."""
         if configured:
             return await serve(configured + self._plan.spec.index)
         if previous_address:

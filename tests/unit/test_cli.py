@@ -1,10 +1,14 @@
 """The command line: what it says, what it makes of options, and that errors are one line."""
 
+import contextlib
+import socket
+
 import pytest
 
 from controller import cli, running
 from controller.actors import describe_shortage
 from controller.plan import Deployment, ModelSource
+from controller.ports import hold_api_ports
 from controller.room import MAX_AUTO_KV_BYTES, kv_memory, require_room_for_all
 from controller.start_errors import start_error
 from controller.status import (
@@ -19,6 +23,7 @@ from controller.terminal import Progress, ready_text, table
 from pdserve.config import ResourcesConfig, load_config
 from pdserve.contract.errors import ConfigError, ErrorCode, NotFound
 from pdserve.contract.work import BlockCounts
+from router.listen import bind
 
 
 def overrides(*arguments: str) -> dict[str, object]:
@@ -236,6 +241,38 @@ def test_what_is_missing_is_named(
     assert bool(line) == bool(words)
     if line:
         assert "pools.decode.resources" in line
+
+
+# --- ports ---
+
+
+def test_the_launcher_holds_the_ports_of_its_router() -> None:
+    """Nobody who asks for any port gets them, and the router can still listen, again and again."""
+    with contextlib.ExitStack() as held:
+        router = hold_api_ports(load_config(None, {"router.http_port": 0}), held).router
+        assert router.http_port != router.grpc_port
+        for port in (router.http_port, router.grpc_port, router.http_port):
+            assert port
+            bind("127.0.0.1", port, "port").close()
+        with pytest.raises(OSError), socket.socket() as foreign:
+            foreign.bind(("127.0.0.1", router.http_port))
+    with socket.socket() as foreign:
+        foreign.bind(("127.0.0.1", router.http_port))
+
+
+def test_the_first_port_that_is_taken_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, contextlib.ExitStack() as held:
+        port = taken.getsockname()[1]
+        config = load_config(None, {"router.http_port": 0, "router.grpc_port": port})
+        with pytest.raises(ConfigError, match=rf"port {port} on 127\.0\.0\.1 is in use: .*\(--grpc-port\)"):
+            hold_api_ports(config, held)
+
+
+def test_several_routers_that_may_take_any_port_take_theirs_themselves() -> None:
+    with contextlib.ExitStack() as held:
+        options = {"router.http_port": 0, "router.grpc_port": None, "router.replicas": 2}
+        router = hold_api_ports(load_config(None, options), held).router
+    assert (router.http_port, router.grpc_port) == (0, None)
 
 
 # --- memory ---
