@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
+from router.http_server import HttpServer
+
 
 @asynccontextmanager
 async def slow_client(
@@ -23,6 +25,11 @@ async def slow_client(
         await loop.sock_connect(connection, (where.hostname, where.port))
         await loop.sock_sendall(connection, _post(path, json.dumps(body).encode(), headers))
         yield SlowClient(connection)
+
+
+def narrow(server: HttpServer) -> None:
+    """Give new connections a small buffer on the server's side too; by themselves they take megabytes."""
+    server._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
 
 
 class SlowClient:

@@ -4,6 +4,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -30,7 +31,7 @@ from router.api_settings import ApiLimits, ApiSettings
 from router.grpc_api import SERVICE, serve_grpc
 from router.requests import OutputDelta, Readiness
 from router.text import TextModel
-from tests.fake_desk import FakeDesk, Hold, Step, endless, say
+from tests.fake_desk import MODEL_INFO, FakeDesk, Hold, Step, endless, say
 from tests.small_tokenizers import save_chat_folder
 
 END = 1  # <|end|>
@@ -282,6 +283,16 @@ async def test_bad_requests_name_the_field(
     assert message in (error.details() or "")
     assert dict(error.trailing_metadata() or ())["error-param"] == param
     assert not system.desk.requests
+
+
+async def test_what_no_pool_can_hold_is_refused_here(text: TextModel) -> None:
+    desk = FakeDesk(info=replace(MODEL_INFO, num_blocks=4))  # of 16 tokens; the model takes 128
+    async with running(text, desk) as system:
+        error = await system.fail(token_ids=pb.TokenIds(ids=[5] * 40), max_tokens=25)
+        assert error.code() is Status.INVALID_ARGUMENT
+        assert "the largest KV pool holds 64 tokens" in (error.details() or "")
+        assert dict(error.trailing_metadata() or ())["error-code"] == "request_too_long"
+        assert not desk.requests
 
 
 async def test_an_unknown_model(system: System) -> None:

@@ -5,6 +5,7 @@ import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -28,8 +29,8 @@ from router.http_api import create_app
 from router.http_server import serve_http
 from router.requests import OutputDelta, Readiness
 from router.text import TextModel
-from tests.fake_desk import FakeDesk, Hold, Step, endless, say
-from tests.slow_client import slow_client
+from tests.fake_desk import MODEL_INFO, FakeDesk, Hold, Step, endless, say
+from tests.slow_client import narrow, slow_client
 from tests.small_tokenizers import save_chat_folder
 
 END = 1  # <|end|>
@@ -86,6 +87,7 @@ async def running(text: TextModel, desk: FakeDesk | None = None, **settings: Any
     seen = Seen()
     app = create_app(desk, text, ApiSettings(**settings), observer=seen, rng=SeededRng(7))
     server = await serve_http(app, "127.0.0.1", 0)
+    narrow(server)
     system = System(desk, text, f"http://127.0.0.1:{server.port}", seen)
     try:
         yield system
@@ -565,6 +567,23 @@ async def test_too_long_says_how_long(system: System) -> None:
     assert response.json()["usage"]["completion_tokens"] == 8
 
 
+async def test_what_no_pool_can_hold_is_refused_here(text: TextModel) -> None:
+    desk = FakeDesk(info=replace(MODEL_INFO, num_blocks=4))  # of 16 tokens; the model takes 128
+    async with running(text, desk) as system:
+        error = await system.refuse(prompt=[5] * 40, max_tokens=25)
+        assert (error["status"], error["code"], error["param"]) == (
+            400,
+            "context_length_exceeded",
+            "max_tokens",
+        )
+        assert "the largest KV pool holds 64 tokens" in error["message"]
+        assert "engine.kv_memory" in error["message"]
+        error = await system.refuse(prompt=[5] * 64)
+        assert (error["status"], error["param"]) == (400, "prompt")
+        response = await system.http.post("/v1/completions", json={"prompt": [5] * 60})
+        assert response.json()["usage"]["completion_tokens"] == 4  # as far as there is room
+
+
 @pytest.mark.parametrize(
     "content", [b"{", b"[]", b'{"prompt": "\\ud800"}', b'{"prompt": "a", "temperature": NaN}', b"\xff"]
 )
@@ -722,8 +741,8 @@ async def test_finish_reasons(system: System) -> None:
 
 # Clients that do not read
 
-NUM_LONG = 4500
-"""Tokens, of which `long_answer` has more to say than the buffers of a connection hold."""
+NUM_LONG = 600
+"""Tokens, of which `long_answer` has much more to say than the buffers of a narrow connection hold."""
 
 
 def long_answer() -> dict[str, Any]:
@@ -764,7 +783,7 @@ async def test_a_client_that_reads_on_in_time_misses_nothing(text: TextModel) ->
 async def test_a_client_that_does_not_read_cannot_outlive_its_deadline(text: TextModel) -> None:
     desk = FakeDesk(lambda request: say([50] * NUM_LONG))
     async with running(text, desk, limits=ApiLimits(max_unread_tokens=NUM_LONG)) as system:
-        headers = {"X_Request_Timeout_Ms": "2000"}
+        headers = {"X_Request_Timeout_Ms": "1000"}
         async with slow_client(system.url, "/v1/chat/completions", long_answer(), **headers) as client:
             assert await system.ended() == [("chat", "deadline_exceeded", 504)]
             assert not (await client.read_to_the_end()).endswith(b"0\r\n\r\n")
