@@ -115,6 +115,11 @@ class LocalSystem:
                 self.router.fleet.changed.clear()
                 await self.router.fleet.changed.wait()
 
+    def metric(self, worker: str, name: str, **labels: str) -> float:
+        """A sample of a worker's metrics; 0 before the first event."""
+        pool = {"pool": self.workers[worker].role.value}
+        return self.workers[worker].registry.get_sample_value(f"pdserve_{name}", pool | labels) or 0.0
+
     async def at_rest(self) -> None:
         """Wait until no worker holds anything for a request."""
         async with asyncio.timeout(10):

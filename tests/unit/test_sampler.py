@@ -4,11 +4,9 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +15,7 @@ from pdserve.contract.sampling import SamplingParams
 from pdserve.contract.tokens import pack_tokens
 from pdserve.contract.work import SampleRequest
 from pdserve.engine.sampler import _invert, _weights_, sample
+from tests.slow_sampler import Floats, reference_token
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -27,8 +26,6 @@ with warnings.catch_warnings():
         TopKLogitsWarper,
         TopPLogitsWarper,
     )
-
-Floats = npt.NDArray[Any]
 
 EOS = (2,)
 GREEDY = SamplingParams(temperature=0.0)
@@ -62,72 +59,6 @@ def draw_many(row: Tensor, params: SamplingParams, count: int) -> Floats:
 
 def random_logits(num_rows: int, vocab_size: int, seed: int, spread: float = 3.0) -> Tensor:
     return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * spread
-
-
-# A slow reference: one row, float64, sorting, exact fractions where a set is decided.
-
-
-def reference_scores(row: Tensor, request: SampleRequest) -> Floats:
-    """Logits after bias, bans and penalties, token by token."""
-    params = request.params
-    scores = row.double().numpy().copy()
-    for token, bias in params.logit_bias:
-        scores[token] += bias
-    if request.output_index < params.min_tokens:
-        endings = params.stop_token_ids + (() if params.ignore_eos else EOS)
-        scores[list(endings)] = -math.inf
-    if not params.needs_history:
-        return scores
-    history = np.frombuffer(request.history, np.uint32).tolist()
-    output = history[request.num_prompt_tokens :]
-    for token in set(history):
-        penalty = params.repetition_penalty
-        scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
-        scores[token] -= params.frequency_penalty * output.count(token)
-        scores[token] -= params.presence_penalty * (token in output)
-    return scores
-
-
-def reference_token(row: Tensor, request: SampleRequest) -> int:
-    scores, params = reference_scores(row, request), request.params
-    if params.temperature == 0:
-        return int(np.argmax(scores))
-    weights = np.exp((scores - scores.max()) / params.temperature)
-    kept = reference_kept(weights, params)
-    candidates = weights * (weights >= max(top_k_weight(weights, params), params.min_p))
-    for attempt in range(10_000):
-        bound = candidates.sum() * reference_uniform(request, attempt)
-        token = int(np.searchsorted(candidates.cumsum(), bound, side="right"))
-        if kept[token]:
-            return token
-        candidates[candidates <= candidates[token]] = 0
-    raise AssertionError("nothing was kept")
-
-
-def reference_kept(weights: Floats, params: SamplingParams) -> Floats:
-    """Which tokens top-k, top-p and min-p leave, by sorting."""
-    kept = weights >= top_k_weight(weights, params)
-    if params.top_p < 1:
-        ranked = np.sort(weights[kept])[::-1]
-        enough = np.searchsorted(ranked.cumsum(), params.top_p * ranked.sum())
-        kept &= weights >= ranked[min(enough, len(ranked) - 1)]
-    return kept & (weights >= params.min_p)
-
-
-def top_k_weight(weights: Floats, params: SamplingParams) -> float:
-    k = min(params.top_k, len(weights)) or len(weights)
-    return float(np.sort(weights)[-k])
-
-
-def reference_uniform(request: SampleRequest, attempt: int) -> float:
-    state = np.uint64(0)
-    with np.errstate(over="ignore"):
-        for number in (request.seed, request.position, attempt):
-            state = state + np.uint64(number) + np.uint64(0x9E3779B97F4A7C15)
-            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = state ^ (state >> np.uint64(31))
-    return float(Fraction(int(state) >> 11, 2**53))
 
 
 HISTORY = pack_tokens([3, 3, 5, 9, 9, 9, 1, 5])
@@ -176,7 +107,7 @@ def varied_requests(count: int, seed: int = 0) -> list[SampleRequest]:
 def test_every_row_is_what_the_slow_reference_says(vocab_size: int, spread: float) -> None:
     requests = varied_requests(20 * len(VARIANTS))
     logits = random_logits(len(requests), vocab_size, vocab_size, spread)
-    expected = [reference_token(row, request) for row, request in zip(logits, requests, strict=True)]
+    expected = [reference_token(row, request, EOS) for row, request in zip(logits, requests, strict=True)]
     assert tokens_of(logits, requests) == expected
 
 
