@@ -160,6 +160,7 @@ def test_a_running_router_has_not_loaded_torch(ray_system: RaySystem) -> None:
         return Path(f"/proc/{pid}/maps").read_text()
 
     assert "libtorch" not in mapped(status["routers"][0]["pid"])
+    assert "libtorch" not in mapped(ray_system.up.process.pid), "nor has the launcher"
     assert "libtorch" in mapped(status["workers"][0]["pid"]), "where torch is loaded this shows it"
 
 
