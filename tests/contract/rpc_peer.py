@@ -1,6 +1,6 @@
 """A process with one side of a stream, for tests that kill or freeze it.
 
-python -m tests.contract.rpc_peer serve          prints its address, answers each message
+python -m tests.contract.rpc_peer serve          prints its address, answers each message, takes KV bytes
 python -m tests.contract.rpc_peer open ADDRESS   opens a Session, sends one message and waits
 python -m tests.contract.rpc_peer end ADDRESS    the same, then sends End and waits
 """
@@ -16,7 +16,7 @@ from pdserve.rpc.grpc_rpc import GrpcRpc
 
 async def main(role: str, address: str) -> None:
     if role == "serve":
-        server = await GrpcRpc().serve("127.0.0.1:0", {Call.SESSION: answer})
+        server = await GrpcRpc().serve("127.0.0.1:0", {Call.SESSION: answer, Call.KV: take})
         print(server.address, flush=True)  # noqa: T201
         await asyncio.Event().wait()
     stream = await GrpcRpc().open(address, Call.SESSION)
@@ -30,6 +30,11 @@ async def answer(stream: MessageStream) -> None:
     while not isinstance(await stream.receive(), End):
         await stream.send(SessionReady(Incarnation(2)))
     await stream.send(End())
+
+
+async def take(stream: MessageStream) -> None:
+    while not isinstance(await stream.receive(), End):
+        pass
 
 
 if __name__ == "__main__":

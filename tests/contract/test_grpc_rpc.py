@@ -21,6 +21,7 @@ from pdserve.rpc.channel import CHANNEL_OPTIONS
 from pdserve.rpc.convert import SERVICE, codec_for
 from pdserve.rpc.grpc_rpc import GrpcRpc
 from pdserve.rpc.stream import Direction
+from tests.contract.rpc_pair import MIB
 
 OPEN = SessionOpen(RouterId("router-0"), Incarnation(1), Incarnation(2))
 READY = SessionReady(Incarnation(2))
@@ -127,13 +128,17 @@ async def test_a_killed_server_breaks_its_clients(rpc: GrpcRpc, peers: Peers) ->
 
 
 async def test_a_frozen_peer_is_dead(rpc: GrpcRpc, peers: Peers) -> None:
-    """On both sides, for streams that are open and for one that is opened later; all at the same time."""
+    """On both sides, for streams that are idle, one full of bytes and one that is opened later; all at the
+    same time."""
     receiving, waiting = Listener(receiving=True), Listener(receiving=False)
     for_receiving = await rpc.serve("127.0.0.1:0", {Call.SESSION: receiving})
     for_waiting = await rpc.serve("127.0.0.1:0", {Call.SESSION: waiting})
     clients = [await peers("open", for_receiving.address), await peers("end", for_waiting.address)]
     server = await peers("serve")
     stream = await open_at(rpc, server)
+    full = await rpc.open(stream.peer, Call.KV)
+    await full.send(bytes(MIB))
+    filling = asyncio.ensure_future(send_without_end(full))
     await receiving.opened.wait()
     await waiting.opened.wait()
 
@@ -144,12 +149,17 @@ async def test_a_frozen_peer_is_dead(rpc: GrpcRpc, peers: Peers) -> None:
     async with asyncio.timeout(DEAD_WITHIN_S):
         assert isinstance(await receiving.outcome, StreamBroken)
         assert isinstance(await waiting.outcome, asyncio.CancelledError)
-        for broken in (stream, later):
+        for broken in (stream.receive(), filling, later.receive()):
             with pytest.raises(StreamBroken):
-                await broken.receive()
+                await broken
     await late.close()
     await for_receiving.stop(0)
     await for_waiting.stop(0)
+
+
+async def send_without_end(stream: MessageStream) -> None:
+    while True:
+        await stream.send(bytes(MIB))
 
 
 async def test_an_idle_stream_and_a_client_that_pings_each_second_stay(rpc: GrpcRpc) -> None:
