@@ -171,4 +171,10 @@ class Fleet:
         else:
             if view is not None:
                 self.lost(view)
+            self._forget_failures(worker_id)
             self.workers[worker_id] = WorkerView(member)
+
+    def _forget_failures(self, worker_id: WorkerId) -> None:
+        """Of a worker's earlier incarnation."""
+        for pair in [pair for pair in self._failed_pairs if worker_id in pair]:
+            del self._failed_pairs[pair]

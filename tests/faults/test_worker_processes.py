@@ -2,9 +2,12 @@
 left behind."""
 
 import asyncio
+import json
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -25,7 +28,8 @@ from tests.small_models import SmallModel, make_model
 
 PROMPT = list(range(3, 123))
 NUM_OUTPUT = 120
-PLAN = [("prefill-0", Role.PREFILL), ("decode-0", Role.DECODE), ("decode-1", Role.DECODE)]
+DECODE = ("decode-0", "decode-1")
+PLAN = [("prefill-0", Role.PREFILL), *((name, Role.DECODE) for name in DECODE)]
 
 # One set of processes for all stories here; what a story kills is started again for the next.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -59,49 +63,80 @@ class Processes:
 
     async def all_running(self) -> None:
         """Start what has never run or has been killed, and wait until the router can use all three."""
-        missing = [
-            (name, role)
-            for name, role in PLAN
-            if name not in self.workers or self.workers[name].process.returncode is not None
-        ]
+        missing = [(name, role) for name, role in PLAN if name not in self.workers]
         started = await asyncio.gather(
             *(WorkerProcess.start(name, role, self.engine) for name, role in missing)
         )
         self.workers |= {name: worker for (name, _), worker in zip(missing, started, strict=True)}
         self._epoch += 1
-        members = tuple(worker.member_at_start for worker in self.workers.values())
-        self.router.set_members(Members(self._epoch, members))
-        await self.until_usable(len(PLAN))
+        self.router.set_members(self.members())
+        await until_usable(self.router)
+
+    def members(self) -> Members:
+        return Members(self._epoch, tuple(worker.member_at_start for worker in self.workers.values()))
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.router.close()
         for worker in self.workers.values():
             await worker.stop()
 
-    async def until_usable(self, count: int) -> None:
-        async with asyncio.timeout(20):
-            while sum(view.usable for view in self.router.fleet.workers.values()) != count:
-                self.router.fleet.changed.clear()
-                await self.router.fleet.changed.wait()
+    async def kill(self, name: str) -> None:
+        worker = self.workers.pop(name)
+        worker.signal(signal.SIGKILL)
+        await worker.process.communicate()
 
-    async def tokens(self) -> AsyncIterator[int]:
-        sampling = SamplingParams(max_tokens=NUM_OUTPUT, temperature=0.0, ignore_eos=True)
-        request = GenerateRequest(pack_tokens(PROMPT), sampling, seed=1)
-        async for delta in self.router.generate(self.router.new_request_id(), request):
-            for token in unpack_tokens(delta.tokens):
-                yield token
-
-    def decoding(self) -> WorkerProcess:
+    def decoding(self) -> str:
         """The decode worker that has the only request."""
         busy = [name for name, view in self.router.fleet.workers.items() if view.booked]
         (name,) = (name for name in busy if name.startswith("decode"))
-        return self.workers[name]
+        return name
 
-    async def assert_at_rest(self, *names: str) -> None:
+    async def hold(self, num_free: int, *names: str) -> None:
+        """Let these engines take `num_free` steps and no more."""
         for name in names:
+            await self.ask(name, f"hold {num_free}")
+
+    async def release(self, *names: str) -> None:
+        for name in names:
+            await self.ask(name, "release")
+
+    async def ask(self, name: str, question: str) -> dict[str, Any]:
+        """See `tests.worker_process`."""
+        process = self.workers[name].process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(f"{question}\n".encode())
+        answer: dict[str, Any] = json.loads(await process.stdout.readline())
+        return answer
+
+    async def metric(self, name: str, metric: str, **labels: str) -> float:
+        shown = " ".join(f"{label}={value}" for label, value in labels.items())
+        value: float = (await self.ask(name, f"metric {metric} {shown}"))["value"]
+        return value
+
+    async def assert_at_rest(self) -> None:
+        """Every process that lives holds nothing, soon."""
+        for worker in self.workers.values():
             async with asyncio.timeout(10):
-                while (await self.workers[name].block_counts())["holds"]:  # noqa: ASYNC110 - another process
+                while (await worker.block_counts())["holds"]:  # noqa: ASYNC110 - another process
                     await asyncio.sleep(0.05)
+
+
+async def until_usable(router: Router) -> None:
+    """Until `router` can use all workers."""
+    async with asyncio.timeout(20):
+        while sum(view.usable for view in router.fleet.workers.values()) != len(PLAN):
+            router.fleet.changed.clear()
+            await router.fleet.changed.wait()
+
+
+async def tokens(router: Router) -> AsyncGenerator[int, None]:
+    sampling = SamplingParams(max_tokens=NUM_OUTPUT, temperature=0.0, ignore_eos=True)
+    request = GenerateRequest(pack_tokens(PROMPT), sampling, seed=1)
+    async with aclosing(router.generate(router.new_request_id(), request)) as deltas:
+        async for delta in deltas:
+            for token in unpack_tokens(delta.tokens):
+                yield token
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -117,49 +152,66 @@ async def processes(shared_processes: Processes) -> Processes:
 
 
 async def test_a_decode_worker_killed_in_mid_stream(processes: Processes, expected: list[int]) -> None:
-    output = []
-    async for token in processes.tokens():
-        output.append(token)
-        if len(output) == 40:
-            processes.decoding().signal(signal.SIGKILL)
+    await processes.hold(40, *DECODE)
+    stream = tokens(processes.router)
+    output = [await anext(stream) for _ in range(41)]  # the first is the prefill worker's
+    victim = processes.decoding()
+    await processes.ask(victim, "standing")
+    await processes.kill(victim)
+    await processes.release(*(name for name in DECODE if name != victim))
+    output += [token async for token in stream]
     assert output == expected
-    alive = [name for name, worker in processes.workers.items() if worker.process.returncode is None]
-    await processes.assert_at_rest(*alive)
+    await processes.assert_at_rest()
 
 
 async def test_a_prefill_worker_killed_while_it_computes(processes: Processes, expected: list[int]) -> None:
-    processes.router.fleet.changed.clear()
-    stream = processes.tokens()
+    await processes.hold(0, "prefill-0")
+    stream = tokens(processes.router)
     first = asyncio.ensure_future(anext(stream))
-    await asyncio.sleep(0)  # placed and submitted
-    processes.workers["prefill-0"].signal(signal.SIGKILL)
+    await processes.ask("prefill-0", "standing")  # within a step of the prompt
+    await processes.kill("prefill-0")
     output = [await first]
     output += [token async for token in stream]
     assert output == expected
-    await processes.assert_at_rest("decode-0", "decode-1")
+    await processes.assert_at_rest()
 
 
 async def test_a_frozen_decode_worker_counts_as_dead_and_its_late_messages_change_nothing(
     processes: Processes, expected: list[int]
 ) -> None:
-    output = []
-    frozen = None
-    async for token in processes.tokens():
-        output.append(token)
-        if len(output) == 40:
-            frozen = processes.decoding()
-            frozen.signal(signal.SIGSTOP)
+    await processes.hold(40, *DECODE)
+    stream = tokens(processes.router)
+    output = [await anext(stream) for _ in range(41)]
+    frozen = processes.decoding()
+    await processes.ask(frozen, "standing")
+    processes.workers[frozen].signal(signal.SIGSTOP)
+    await processes.release(*(name for name in DECODE if name != frozen))
+    output += [token async for token in stream]
     assert output == expected
-    assert frozen is not None
-    frozen.signal(signal.SIGCONT)
-    await processes.until_usable(3)
-    assert [token async for token in processes.tokens()] == expected
-    await processes.assert_at_rest(*processes.workers)
+    processes.workers[frozen].signal(signal.SIGCONT)
+    await processes.release(frozen)  # it takes the step that it stood before, for nobody
+    await until_usable(processes.router)
+    assert [token async for token in tokens(processes.router)] == expected
+    await processes.assert_at_rest()
 
 
 async def test_a_router_that_goes_away_leaves_nothing_at_the_workers(processes: Processes) -> None:
-    stream = processes.tokens()
-    await anext(stream)
-    await processes.router.close()
-    await processes.assert_at_rest(*processes.workers)
+    await processes.hold(20, *DECODE)
+    before = [await ended_by_their_router(processes, name) for name in DECODE]
+    router = Router(RouterId("router-1"), GrpcRpc(), LoopClock(), SystemRng())
+    router.set_members(processes.members())
+    await until_usable(router)
+    stream = tokens(router)
+    for _ in range(21):
+        await anext(stream)
+    await router.close()
+    async with asyncio.timeout(10):
+        while [await ended_by_their_router(processes, name) for name in DECODE] == before:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    await processes.release(*DECODE)
+    await processes.assert_at_rest()
     await stream.aclose()
+
+
+async def ended_by_their_router(processes: Processes, name: str) -> float:
+    return await processes.metric(name, "worker_requests_total", outcome="cancelled")

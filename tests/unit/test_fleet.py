@@ -132,3 +132,16 @@ def test_a_failed_pair_rests_for_a_while(later_s: float, usable: bool) -> None:
     fleet = Fleet()
     fleet.pair_failed(WorkerId("p0"), WorkerId("d0"), now=10.0)
     assert (fleet.unusable_pairs(10.0 + later_s) == frozenset()) is usable
+
+
+def test_a_new_incarnation_has_not_failed_yet() -> None:
+    fleet = Fleet()
+    fleet.set_members(Members(1, (member("p0", role=Role.PREFILL), member("d0"), member("d1"))))
+    for decode in ("d0", "d1"):
+        fleet.pair_failed(WorkerId("p0"), WorkerId(decode), now=10.0)
+    fleet.set_members(
+        Members(2, (member("p0", role=Role.PREFILL), member("d0", incarnation=2), member("d1")))
+    )
+    assert fleet.unusable_pairs(10.0) == {("p0", "d1")}
+    fleet.set_members(Members(3, (member("p0", 2, Role.PREFILL), member("d0", incarnation=2), member("d1"))))
+    assert fleet.unusable_pairs(10.0) == frozenset()
