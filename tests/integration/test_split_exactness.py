@@ -160,7 +160,7 @@ async def test_half_precision_is_the_same_split_unsplit_alone_and_batched(
 ) -> None:
     """In the checkpoint's own dtype, whose rounding leaves no reference but the single process."""
     make_model("llama", tmp_path, seed=SEEDS["llama"], dtype=dtype)
-    prompts = mixed_prompts(16, BLOCK, CHUNK, VOCAB_SIZE, seed=3)
+    prompts = mixed_prompts(NUM_UNLIKE, BLOCK, CHUNK, VOCAB_SIZE, seed=3)
     outputs: dict[int, list[list[list[int]]]] = {0: [], 1: []}
     for num_prefill, found in outputs.items():
         async with (
