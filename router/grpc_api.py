@@ -101,6 +101,11 @@ async def serve_grpc(
     return GrpcApi(server, real_port)
 
 
+def status_of(code: ErrorCode) -> grpc.StatusCode:
+    """The status with which an error ends a call."""
+    return _STATUSES.get(code, grpc.StatusCode.INTERNAL)
+
+
 class _Generation(pb_grpc.GenerationServicer):
     def __init__(
         self,
@@ -210,9 +215,8 @@ async def _abort(context: _Context, info: ErrorInfo) -> NoReturn:
         metadata.append(("error-param", info.param))
     if info.retry_after_s is not None:
         metadata.append(("retry-after-s", f"{info.retry_after_s:g}"))
-    status = _STATUSES.get(info.code, grpc.StatusCode.INTERNAL)
     try:
-        await context.abort(status, info.message, tuple(metadata))
+        await context.abort(status_of(info.code), info.message, tuple(metadata))
     except grpc.aio.InternalError:
         # What was written last is still under way to a client that does not read. gRPC cuts a call whose
         # handler is cancelled.
