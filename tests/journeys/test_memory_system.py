@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -179,6 +180,20 @@ def test_what_can_never_fit_is_refused_at_once() -> None:
             await system.at_rest()
 
     run_virtual(story())
+
+
+def test_a_worker_that_names_blocks_in_another_way_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    async def story() -> None:
+        async with MemorySystem() as system:
+            other = await system.start_worker("decode-1", Role.DECODE)
+            other._watches._hello = replace(other._watches._hello, root_digest=b"of another version")
+            system.push_members()
+            prompt = prompt_of(20)
+            assert await system.generate(prompt, greedy(5)) == system.expected(prompt, greedy(5))
+            assert not system.router.fleet.workers[other.worker_id].usable
+
+    run_virtual(story())
+    assert "decode-1 names blocks in another way than this router" in caplog.text
 
 
 def test_workers_report_the_rates_that_their_engines_reach() -> None:
