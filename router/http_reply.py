@@ -56,7 +56,9 @@ class HttpReply:
         await self._write(b"", more=False)
 
     async def error(self, status: int, body: Mapping[str, Any], headers: Mapping[str, str]) -> None:
-        """An error: as the answer, or as the last event of one that has begun."""
+        """An error: as the answer, or as the last event of one that has begun. A whole answer stays whole."""
+        if self.complete:
+            return
         if self._streaming:
             await self.end_events(error_event(body))
         else:
