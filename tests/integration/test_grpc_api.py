@@ -377,6 +377,18 @@ async def test_a_client_that_stops_reading_is_cut(text: TextModel) -> None:
         assert await call.code() is Status.ABORTED
 
 
+async def test_a_client_that_does_not_even_read_the_first_chunk_is_cut(text: TextModel) -> None:
+    desk = FakeDesk(endless, info=replace(MODEL_INFO, max_model_len=2**20, num_blocks=2**16))
+    async with running(text, desk, max_unread_tokens=64) as system:
+        call = system.stub.GenerateStream(
+            pb.GenerateRequest(text="hello " * 100_000, echo=True, max_tokens=9)
+        )
+        assert await system.ended() == [("grpc", "client_too_slow", 408)]
+        assert desk.closed == ["fake-1"]
+        with pytest.raises(grpc.aio.AioRpcError):
+            await read_to_the_end(call)
+
+
 async def test_before_any_worker_is_there(text: TextModel) -> None:
     desk = FakeDesk(info=None, ready=Readiness(False, "no worker yet"))
     async with running(text, desk) as system:
