@@ -162,6 +162,40 @@ async def test_what_cannot_be_is_refused_with_the_cause(
         assert "suffix" in answer.json()["error"]["message"]
 
 
+async def test_the_metrics_of_one_request(system: LocalSystem) -> None:
+    async with httpx.AsyncClient(base_url=system.url) as http:
+        body = {"prompt": list(range(3, 103)), "max_tokens": 8, "ignore_eos": True}
+        (await http.post("/v1/completions", json=body)).raise_for_status()
+    await system.at_rest()
+    assert system.metric("prefill-0", "prompt_tokens_total") == 100
+    assert system.metric("prefill-0", "generated_tokens_total") == 1
+    assert system.metric("prefill-0", "prefill_calls_total", outcome="sealed") == 1
+    assert system.metric("decode-0", "generated_tokens_total") == 7
+    assert system.metric("decode-0", "worker_requests_total", outcome="length") == 1
+    block_bytes = system.workers["decode-0"]._info.block_bytes
+    received = system.metric("decode-0", "kv_transfer_bytes_total", transport="shared_memory")
+    assert received == 7 * block_bytes  # 100 tokens in blocks of 16
+    seconds = system.metric("decode-0", "kv_segment_seconds_sum", transport="shared_memory")
+    assert 0 < seconds < 10
+    sample = system.router.registry.get_sample_value
+    assert sample("pdserve_time_to_first_token_seconds_count") == 1
+    assert sample("pdserve_inter_token_seconds_count") == 7
+    assert sample("pdserve_router_requests_total", {"outcome": "length"}) == 1
+
+
+async def test_what_no_pool_holds_is_refused_before_a_worker_is_asked(model: SmallModel) -> None:
+    settings = EngineSettings(str(model.folder), dtype="float32", threads=1, kv_memory_bytes=256 << 10)
+    async with LocalSystem(settings) as system:
+        pool_tokens = {worker._info.pool_tokens for worker in system.workers.values()}
+        assert max(pool_tokens) < 400 < 512  # the model's length
+        async with httpx.AsyncClient(base_url=system.url) as http:
+            answer = await http.post("/v1/completions", json={"prompt": [5] * 300, "max_tokens": 100})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+        assert f"the largest KV pool holds {max(pool_tokens)} tokens" in answer.json()["error"]["message"]
+        assert system.router.registry.get_sample_value("pdserve_router_attempts_total") == 0
+
+
 async def test_the_grpc_api_says_the_same(
     system: LocalSystem, model: SmallModel, text_model: TextModel
 ) -> None:
