@@ -1,9 +1,10 @@
-"""The attention function that transformers' models call: it reads and writes the paged KV pool.
+"""Attention over the paged KV pool.
 
-Models hand over the query, key and value of a whole flattened batch. The keys and values are written to
-the pool first; then every row attends to what its own sequence has in the pool.
+The keys and values of a whole flattened batch are written to the pool first; then every row attends to what
+its own sequence has there. The modules of transformers' models come here through `paged_attention`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,22 +14,22 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from pdserve.engine.attention_plan import (
     PREFILL_TILE_TOKENS,
     AttentionPlan,
-    DecodeTiles,
+    DecodeGroup,
     PrefillTiles,
     QueryTile,
 )
 from pdserve.engine.kv_pool import KvPool
-from pdserve.engine.tile_attention import attend, attend_all_heads, merge
+from pdserve.engine.tile_attention import attend_chunk, attend_rows, attend_rows_by_head, fade, merge
 
 ATTENTION_NAME = "pdserve_paged"
 _STATE = "_pdserve_attention"
 _WIDEST_ALL_HEADS = 768
-"""Up to this many elements of all KV heads of a token, decoding in bfloat16 is faster by `attend_all_heads`
+"""Up to this many elements of all KV heads of a token, decoding in bfloat16 is faster by `attend_rows`
 (measured with 1 to 8 query heads per KV head on AVX-512; float32 is faster head by head)."""
 
 
 class PagedAttention:
-    """What the attention modules of one model share: its pool, and the plan of the step that runs."""
+    """What the attention layers of one model share: its pool, and the plan of the step that runs."""
 
     def __init__(self, pool: KvPool) -> None:
         layout = pool.layout
@@ -47,12 +48,35 @@ class PagedAttention:
                 object.__setattr__(module, _STATE, self)
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Store key and value [1, num_kv_heads, T, head_dim] where the plan says."""
+        """Store key and value [T, num_kv_heads, head_dim] where the plan says; rows that only pad the batch
+        are left out."""
         assert self.plan is not None
         size = self._layout.block_size
         rows = self.plan.write_rows + layer * 2 * size
-        self._token_rows.index_copy_(0, rows, _by_token(key, len(rows)))
-        self._token_rows.index_copy_(0, rows + size, _by_token(value, len(rows)))
+        count = len(rows)
+        self._token_rows.index_copy_(0, rows, key[:count].reshape(count, -1))
+        self._token_rows.index_copy_(0, rows + size, value[:count].reshape(count, -1))
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """What every row of `query` [T, heads, head_dim] gets from its sequence; zero for rows that only pad
+        the batch. sinks: [heads], logits that take part in the softmax and have no value (gpt-oss)."""
+        assert self.plan is not None
+        call = _LayerCall(self, layer, query, scale, softcap, sinks)
+        output = query.new_zeros(query.shape)
+        if self.plan.num_decode_rows:
+            for group in self.plan.decode_groups(window):
+                output[group.rows] = call.decode(group)
+        for chunk in self.plan.prefill_tiles(window):
+            output[chunk.first_row : chunk.first_row + chunk.length] = call.prefill(chunk)
+        return output
 
     def gather(self, layer: int, key_rows: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         """Keys and values [batch, tokens, num_kv_heads, head_dim] of the blocks at `key_rows`.
@@ -92,17 +116,10 @@ def paged_attention(
     ([1, T, heads, head_dim], None). Masks are not used: the plan knows what each row sees.
     """
     state: PagedAttention = getattr(module, _STATE)
-    assert state.plan is not None
     layer: int = module.layer_idx  # type: ignore[assignment]
-    state.write(layer, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    call = _LayerCall(state, layer, query[0].transpose(0, 1), scale, softcap, s_aux)
-    # Rows that only pad the batch stay zero.
-    output = query.new_zeros(query.shape[2], query.shape[1], query.shape[3])
-    if state.plan.num_decode_rows:
-        output[: state.plan.num_decode_rows] = call.decode(state.plan.decode_tiles(sliding_window))
-    for chunk in state.plan.prefill_tiles(sliding_window):
-        output[chunk.first_row : chunk.first_row + chunk.length] = call.prefill(chunk)
+    state.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    output = state.attend(layer, query[0].transpose(0, 1), scale, sliding_window, softcap, s_aux)
     return output.unsqueeze(0), None
 
 
@@ -125,103 +142,71 @@ class _LayerCall:
         self._softcap = softcap
         self._sinks = sinks
 
-    def decode(self, tiles: DecodeTiles) -> Tensor:
-        """[rows, heads, head_dim] of the decode rows. Query heads that share a KV head are the rows of one
+    def decode(self, group: DecodeGroup) -> Tensor:
+        """[rows, heads, head_dim] of the group's rows. Query heads that share a KV head are the rows of one
         small matrix, so no key is read twice."""
-        key, value = self._state.gather(self._layer, tiles.key_rows, len(tiles.row_of_tile))
-        num_tiles, _, kv_heads, head_dim = key.shape
-        query = self._query[: tiles.num_rows].reshape(tiles.num_rows, kv_heads, -1, head_dim)
-        output, log_sum = self._attend_decode(query, tiles, key, value)
-        output = output.reshape(num_tiles, -1, head_dim)
-        log_sum = log_sum.reshape(num_tiles, -1)
-        return torch.cat(
-            [self._merge_rows(part.tiles, part.absent, output, log_sum) for part in tiles.merges]
-        )
-
-    def _attend_decode(
-        self, query: Tensor, tiles: DecodeTiles, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """[tiles, kv_heads, groups, head_dim] and log-sum-exp. The model alone decides which way is taken, so
-        that a row's result never depends on the batch."""
-        kv_heads, groups, head_dim = query.shape[1:]
+        key, value = self._state.gather(self._layer, group.key_rows, group.size)
+        kv_heads, head_dim = key.shape[2:]
+        query = self._query[group.rows].reshape(group.size, kv_heads, -1, head_dim)
+        # The model alone decides which way is taken, so that a row's result never depends on the batch.
         narrow = kv_heads * head_dim <= _WIDEST_ALL_HEADS
-        if query.dtype == torch.bfloat16 and narrow and query.device.type == "cpu":
-            query = query.index_select(0, tiles.row_of_tile)
-            return attend_all_heads(query, key, value, tiles.mask, scale=self._scale, softcap=self._softcap)
-        query = _pad_groups(query).index_select(0, tiles.row_of_tile)
-        output, log_sum = self._attend(query, key.transpose(1, 2), value.transpose(1, 2), tiles.mask)
-        return output[:, :, :groups], log_sum[:, :, :groups]
-
-    def _merge_rows(self, tiles: Tensor, absent: Tensor, output: Tensor, log_sum: Tensor) -> Tensor:
-        if tiles.shape[1] == 1 and self._sinks is None:
-            return output.index_select(0, tiles[:, 0])
-        picked = log_sum[tiles].masked_fill_(absent, -torch.inf)
-        return merge(output[tiles], picked, self._sinks)
+        all_heads = query.dtype == torch.bfloat16 and narrow and query.device.type == "cpu"
+        output, log_sum = (attend_rows if all_heads else attend_rows_by_head)(
+            query,
+            key,
+            value,
+            group.mask,
+            scale=self._scale,
+            softcap=self._softcap,
+            with_log_sum=self._sinks is not None,
+        )
+        if self._sinks is not None:
+            assert log_sum is not None
+            output = fade(output, log_sum, self._sinks.view(kv_heads, -1))
+        return output.reshape(group.size, -1, head_dim)
 
     def prefill(self, chunk: PrefillTiles) -> Tensor:
         """[length, heads, head_dim] of one chunk."""
         gathered = self._state.gather(self._layer, chunk.key_rows, 1)
-        key, value = (states.transpose(1, 2) for states in gathered)
+        key, value = (states[0].transpose(0, 1).contiguous() for states in gathered)
+        kv_heads, _, head_dim = key.shape
         query = self._query.index_select(0, chunk.query_rows)
-        size = PREFILL_TILE_TOKENS
-        parts = [
-            self._query_tile(tile, query[index * size : (index + 1) * size], key, value, chunk.key_start)
-            for index, tile in enumerate(chunk.tiles)
+        # [tiles, kv_heads, groups, rows of a tile, head_dim]
+        by_tile = query.view(-1, PREFILL_TILE_TOKENS, kv_heads, query.shape[1] // kv_heads, head_dim)
+        by_tile = by_tile.permute(0, 2, 3, 1, 4)
+        outputs = [
+            self._query_tile(tile, rows, key, value, chunk.key_start)
+            for tile, rows in zip(chunk.tiles, by_tile, strict=True)
         ]
-        return torch.cat(parts)[chunk.first_slot : chunk.first_slot + chunk.length]
+        whole = torch.stack(outputs).permute(0, 3, 1, 2, 4).reshape(query.shape)
+        return whole[chunk.first_slot : chunk.first_slot + chunk.length]
 
     def _query_tile(
         self, tile: QueryTile, query: Tensor, key: Tensor, value: Tensor, key_start: int
     ) -> Tensor:
-        """One tile of query rows [tile, heads, head_dim] over its own keys and the past before it."""
-        size, heads, head_dim = query.shape
-        kv_heads = key.shape[1]
-        groups = heads // kv_heads
-        start = tile.start - key_start
-        own = slice(start, start + size)
-        by_head = query.transpose(0, 1).unsqueeze(0)
-        output, log_sum = self._attend(
-            by_head,
-            _repeat_heads(key[:, :, own], groups),
-            _repeat_heads(value[:, :, own], groups),
-            tile.self_mask,
-            causal=tile.self_mask is None,
-        )
-        outputs, log_sums = [output[0]], [log_sum[0]]
-        if tile.start > tile.past_start:
-            past = slice(tile.past_start - key_start, start)
-            grouped = by_head.reshape(1, kv_heads, groups * size, head_dim)
-            output, log_sum = self._attend(grouped, key[:, :, past], value[:, :, past], tile.past_mask)
-            if tile.past_unseen is not None:
-                output = output.masked_fill(tile.past_unseen[:, None], 0.0)
-                log_sum = log_sum.masked_fill(tile.past_unseen, -torch.inf)
-            outputs.append(output.reshape(heads, size, head_dim))
-            log_sums.append(log_sum.reshape(heads, size))
-        elif self._sinks is None:
-            return outputs[0].transpose(0, 1)
-        stacked = torch.stack(outputs).permute(2, 0, 1, 3)
-        return merge(stacked, torch.stack(log_sums).permute(2, 0, 1), self._sinks)
+        """One tile of query rows [kv_heads, groups, rows, head_dim] over all that it sees."""
+        whole = len(tile.parts) == 1 and self._sinks is None
+        parts = [
+            attend_chunk(
+                query,
+                key[:, part.start - key_start : part.stop - key_start],
+                value[:, part.start - key_start : part.stop - key_start],
+                part.mask,
+                scale=self._scale,
+                softcap=self._softcap,
+                with_log_sum=not whole,
+            )
+            for part in tile.parts
+        ]
+        return parts[0][0] if whole else self._combine(parts)
 
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        return attend(query, key, value, mask, causal=causal, scale=self._scale, softcap=self._softcap)
-
-
-def _by_token(states: Tensor, count: int) -> Tensor:
-    """The first `count` tokens of [1, num_kv_heads, T, head_dim] as [count, num_kv_heads * head_dim]."""
-    return states[0, :, :count].transpose(0, 1).reshape(count, -1)
-
-
-def _pad_groups(query: Tensor) -> Tensor:
-    """Rows of a KV head, 1 and 3 made even: measured, matrix products of 1 and 3 rows sum in an order that
-    depends on how their buffer is aligned, which differs between threads."""
-    groups = query.shape[2]
-    return nn.functional.pad(query, (0, 0, 0, 1)) if groups in (1, 3) else query
-
-
-def _repeat_heads(states: Tensor, groups: int) -> Tensor:
-    return states if groups == 1 else states.repeat_interleave(groups, dim=1)
+    def _combine(self, parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+        log_sums = torch.stack([log_sum for _, log_sum in parts if log_sum is not None])
+        output = merge(torch.stack([output for output, _ in parts]), log_sums)
+        if self._sinks is None:
+            return output
+        sinks = self._sinks.view(output.shape[0], -1, 1)
+        return fade(output, torch.logsumexp(log_sums, dim=0), sinks)
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

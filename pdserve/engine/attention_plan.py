@@ -11,27 +11,31 @@ from pdserve.engine.ragged_batch import DecodeRows, PrefillRows, RaggedBatch
 
 DECODE_TILE_TOKENS = 128
 PREFILL_TILE_TOKENS = 64
+PREFILL_PART_TOKENS = 4096
+"""A query tile's scores over more keys than this would no longer stay in the caches between operators."""
+_LENGTHS_PER_OCTAVE = 8
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeTiles:
-    """Decode rows, each cut into tiles of keys at fixed multiples of the tile's size."""
+class DecodeGroup:
+    """Decode rows that see about as many keys: each is given the same number, a multiple of the tile's size.
 
-    num_rows: int
-    row_of_tile: Tensor  # int64 [tiles]
-    key_rows: Tensor  # int64 [tiles * blocks per tile]: pool rows of the keys in layer 0
-    mask: Tensor  # [tiles, 1, 1, tile tokens], zero or minus infinity
-    merges: tuple["TileMerge", ...]
+    That number follows from the row's own position, so its products have the same shapes in every batch.
+    """
+
+    rows: slice | Tensor  # flattened rows, or int64 [rows]
+    size: int
+    key_rows: Tensor  # int64 [rows * blocks per row]: pool rows of the keys in layer 0
+    mask: Tensor  # [rows, 1, keys], zero or minus infinity
 
 
 @dataclass(frozen=True, slots=True)
-class TileMerge:
-    """Rows [first_row, stop_row) with about the same number of tiles."""
+class KeyRange:
+    """Keys at positions [start, stop) that a query tile sees."""
 
-    first_row: int
-    stop_row: int
-    tiles: Tensor  # int64 [rows, most tiles of a row]
-    absent: Tensor  # bool [rows, most tiles of a row, 1]
+    start: int
+    stop: int
+    mask: Tensor | None  # [tile, n]: what its rows see of the last n keys; None: all of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +44,8 @@ class QueryTile:
 
     start: int
     """First position of the tile; the chunk may begin after it."""
-    past_start: int
-    """First key position of the past that some row of the tile can see; a multiple of the tile's size."""
-    past_mask: Tensor | None  # [1, 1, groups * tile, start - past_start]; None: all rows see all of it
-    past_unseen: Tensor | None  # bool [groups * tile]: rows whose window ends after the past; None as above
-    self_mask: Tensor | None  # [1, 1, tile, tile]; None: causal
+    parts: tuple[KeyRange, ...]
+    """All keys up to the tile's end that some row of it sees, cut at fixed multiples where they are many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +66,17 @@ class PrefillTiles:
 class AttentionPlan:
     """The index tensors of one step, for every window size that the model's layers use."""
 
-    def __init__(self, batch: RaggedBatch, layout: KvLayout, groups: int, device: torch.device) -> None:
+    def __init__(self, batch: RaggedBatch, layout: KvLayout, device: torch.device) -> None:
         self._batch = batch
         self._layout = layout
-        self._groups = groups
         self._device = device
-        self._decode: dict[int | None, DecodeTiles] = {}
+        self._decode: dict[int | None, list[DecodeGroup]] = {}
         self._prefill: dict[int | None, list[PrefillTiles]] = {}
+        self._causal: Tensor | None = None
         self.num_decode_rows = len(batch.decode.positions)
         self.write_rows = self._pool_write_rows(batch.slots)
 
-    def decode_tiles(self, window: int | None) -> DecodeTiles:
+    def decode_groups(self, window: int | None) -> list[DecodeGroup]:
         if window not in self._decode:
             self._decode[window] = self._cut_decode(self._batch.decode, window)
         return self._decode[window]
@@ -91,52 +92,43 @@ class AttentionPlan:
         rows = (slots // size) * (self._layout.num_layers * 2 * size) + slots % size
         return self._to_device(rows)
 
-    def _cut_decode(self, rows: DecodeRows, window: int | None) -> DecodeTiles:
+    def _cut_decode(self, rows: DecodeRows, window: int | None) -> list[DecodeGroup]:
         per_tile = max(1, DECODE_TILE_TOKENS // self._layout.block_size)
         tile_tokens = per_tile * self._layout.block_size
         first_seen = (
             np.zeros_like(rows.positions) if window is None else np.maximum(0, rows.positions - window + 1)
         )
-        first_tile = first_seen // tile_tokens
-        counts = rows.positions // tile_tokens - first_tile + 1
-        tables = [
-            _blocks_of_tiles(blocks, int(first), int(count), per_tile)
-            for blocks, first, count in zip(rows.block_ids, first_tile, counts, strict=True)
+        first_tiles = first_seen // tile_tokens
+        num_tiles = _round_up(rows.positions // tile_tokens - first_tiles + 1)
+        return [
+            self._decode_group(rows, np.flatnonzero(num_tiles == count), int(count), first_seen, first_tiles)
+            for count in np.unique(num_tiles)
         ]
-        row_of_tile = np.repeat(np.arange(len(counts)), counts)
-        offsets = np.cumsum(counts) - counts
-        tile_index = np.arange(len(row_of_tile)) - offsets[row_of_tile] + first_tile[row_of_tile]
-        key_positions = tile_index[:, None] * tile_tokens + np.arange(tile_tokens)
-        seen = (key_positions <= rows.positions[row_of_tile, None]) & (
-            key_positions >= first_seen[row_of_tile, None]
-        )
-        if len(row_of_tile) == 1:
-            # A single piece of work would run outside torch's parallel region, where its matrix products may
-            # be cut among threads and so sum in another order. A second, equal tile keeps it inside.
-            tables, row_of_tile, seen = tables * 2, np.repeat(row_of_tile, 2), np.repeat(seen, 2, axis=0)
-        return DecodeTiles(
-            num_rows=len(counts),
-            row_of_tile=self._to_device(row_of_tile),
+
+    def _decode_group(
+        self,
+        rows: DecodeRows,
+        members: np.ndarray,
+        num_tiles: int,
+        first_seen: np.ndarray,
+        first_tiles: np.ndarray,
+    ) -> DecodeGroup:
+        per_tile = max(1, DECODE_TILE_TOKENS // self._layout.block_size)
+        tile_tokens = per_tile * self._layout.block_size
+        tables = [
+            _blocks_from(rows.block_ids[row], int(first_tiles[row]) * per_tile, num_tiles * per_tile)
+            for row in members
+        ]
+        keys = first_tiles[members, None] * tile_tokens + np.arange(num_tiles * tile_tokens)
+        seen = (keys <= rows.positions[members, None]) & (keys >= first_seen[members, None])
+        first, last = int(members[0]), int(members[-1])
+        adjacent = last - first + 1 == len(members)
+        return DecodeGroup(
+            rows=slice(first, last + 1) if adjacent else self._to_device(members),
+            size=len(members),
             key_rows=self._pool_key_rows(np.concatenate(tables)),
-            mask=self._to_mask(seen)[:, None, None, :],
-            merges=tuple(self._group_merges(offsets, counts)),
+            mask=self._to_mask(seen)[:, None, :],
         )
-
-    def _group_merges(self, offsets: np.ndarray, counts: np.ndarray) -> list[TileMerge]:
-        """Group rows (ascending in position) so that padding at most doubles the tiles merged."""
-        merges = []
-        first = 0
-        for row in range(1, len(counts) + 1):
-            if row == len(counts) or counts[row] > 2 * counts[first]:
-                merges.append(self._merge_of(first, row, offsets, counts))
-                first = row
-        return merges
-
-    def _merge_of(self, first: int, stop: int, offsets: np.ndarray, counts: np.ndarray) -> TileMerge:
-        columns = np.arange(counts[first:stop].max())
-        absent = columns >= counts[first:stop, None]
-        tiles = offsets[first:stop, None] + np.where(absent, 0, columns)
-        return TileMerge(first, stop, self._to_device(tiles), self._to_device(absent[:, :, None]))
 
     def _cut_prefill(self, chunk: PrefillRows, window: int | None) -> PrefillTiles:
         size = PREFILL_TILE_TOKENS
@@ -146,7 +138,7 @@ class AttentionPlan:
         rows = slots - (chunk.start - first * size)
         inside = (rows >= 0) & (rows < chunk.length)
         block_size = self._layout.block_size
-        first_block = min(tile.past_start for tile in tiles) // block_size
+        first_block = min(tile.parts[0].start for tile in tiles) // block_size
         num_blocks = -(-(stop * size) // block_size) - first_block
         table = chunk.block_ids[first_block:]
         padding = np.full(max(0, num_blocks - len(table)), table[-1])
@@ -161,23 +153,22 @@ class AttentionPlan:
         )
 
     def _query_tile(self, start: int, window: int | None) -> QueryTile:
-        size = PREFILL_TILE_TOKENS
-        if window is None or window >= start + size:
-            return QueryTile(start, 0, None, None, None)
-        queries = np.arange(start, start + size)[:, None]
-        past_start = max(0, start - window + 1) // size * size
-        past = np.arange(past_start, start)[None, :] > queries - window
-        own = np.arange(start, start + size)[None, :]
-        near = (own <= queries) & (own > queries - window)
-        past = np.tile(past, (self._groups, 1))
-        masked = not past.all()
-        return QueryTile(
-            start=start,
-            past_start=past_start,
-            past_mask=self._to_mask(past)[None, None] if masked else None,
-            past_unseen=self._to_device(np.logical_not(past.any(axis=1))) if masked else None,
-            self_mask=self._to_mask(near)[None, None] if window < size else None,
-        )
+        stop = start + PREFILL_TILE_TOKENS
+        if window is not None and window < stop:
+            return QueryTile(start, (self._windowed(start, stop, window),))
+        cuts = [*range(0, stop, PREFILL_PART_TOKENS), stop]
+        parts = [KeyRange(a, b, None) for a, b in zip(cuts[:-2], cuts[1:-1], strict=True)]
+        return QueryTile(start, (*parts, KeyRange(cuts[-2], stop, self._causal_mask())))
+
+    def _windowed(self, start: int, stop: int, window: int) -> KeyRange:
+        first = max(0, start - window + 1) // PREFILL_TILE_TOKENS * PREFILL_TILE_TOKENS
+        queries, keys = np.arange(start, stop)[:, None], np.arange(first, stop)[None, :]
+        return KeyRange(first, stop, self._to_mask((keys <= queries) & (keys > queries - window)))
+
+    def _causal_mask(self) -> Tensor:
+        if self._causal is None:
+            self._causal = self._to_mask(np.tri(PREFILL_TILE_TOKENS, dtype=bool))
+        return self._causal
 
     def _pool_key_rows(self, block_ids: np.ndarray) -> Tensor:
         return self._to_device(block_ids * (self._layout.num_layers * 2))
@@ -190,8 +181,16 @@ class AttentionPlan:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
 
 
-def _blocks_of_tiles(block_ids: np.ndarray, first_tile: int, count: int, per_tile: int) -> np.ndarray:
-    """The blocks of tiles [first_tile, first_tile + count); past the end the sequence's own last block, whose
-    keys the mask hides."""
-    blocks = block_ids[first_tile * per_tile :]
-    return np.concatenate([blocks, np.full(count * per_tile - len(blocks), blocks[-1])])
+def _round_up(num_tiles: np.ndarray) -> np.ndarray:
+    """To at most `_LENGTHS_PER_OCTAVE` different values between a power of two and the next, so that a batch
+    of any lengths makes few groups and no row is given more than an eighth too much."""
+    octave = 2 ** np.floor(np.log2(num_tiles)).astype(np.int64)
+    unit = np.maximum(1, octave // _LENGTHS_PER_OCTAVE)
+    rounded: np.ndarray = -(-num_tiles // unit) * unit
+    return rounded
+
+
+def _blocks_from(block_ids: np.ndarray, first: int, count: int) -> np.ndarray:
+    """`count` blocks; past the end the sequence's own last block, whose keys the mask hides."""
+    blocks = block_ids[first : first + count]
+    return np.concatenate([blocks, np.full(count - len(blocks), blocks[-1])])

@@ -17,18 +17,13 @@ _UNKNOWN_NEEDS = ("position_bias", "alibi", "attention_bias", "block_mask")
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """What the layers of a model have in common, and which windows they use."""
+    """What the layers of a model have in common, and the window of each."""
 
     num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    windows: frozenset[int | None]
-
-    @property
-    def groups(self) -> int:
-        """Query heads per KV head."""
-        return self.num_heads // self.num_kv_heads
+    windows: tuple[int | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +52,8 @@ def probe_attention(name: str, model: nn.Module, config: Any) -> AttentionShape:
     needs = sorted({need for call in calls for need in call.needs})
     if needs:
         raise _refusal(name, kind, f"attention with {', '.join(needs)}")
-    windows = frozenset(call.window for call in calls)
-    if _wants_window(config) and windows == {None}:
+    windows = tuple(call.window for call in sorted(calls, key=lambda call: call.layer))
+    if _wants_window(config) and set(windows) == {None}:
         raise _refusal(name, kind, "a sliding window that it does not pass to its attention function")
     return AttentionShape(num_layers, first.query[1], first.key[1], first.key[3], windows)
 

@@ -20,6 +20,7 @@ from pdserve.engine.calibration import calibrate
 from pdserve.engine.checkpoint import Checkpoint, find_checkpoint
 from pdserve.engine.host import find_device
 from pdserve.engine.kv_pool import KvLayout, KvPool, plan_num_blocks, require_room
+from pdserve.engine.lean_decoder import LeanDecoder
 from pdserve.engine.model_loader import LoadedModel, load_model
 from pdserve.engine.packed_experts import pack_experts
 from pdserve.engine.packed_linear import MIN_ROWS, pack_linears
@@ -37,7 +38,6 @@ class ModelEngine:
     def __init__(self, loaded: LoadedModel, shape: AttentionShape, pool: KvPool, info: ModelInfo) -> None:
         self._loaded = loaded
         self._model = loaded.model
-        self._shape = shape
         self._pool = pool
         self._info = info
         self._device = pool.tensor.device
@@ -45,6 +45,7 @@ class ModelEngine:
         self._attention = PagedAttention(pool)
         self._attention.attach(loaded.model)
         self._model.set_attn_implementation(ATTENTION_NAME)
+        self._lean = LeanDecoder.find(loaded.model, shape, self._attention)
         self._cost = StepCost(0.0, 0.0, 0.0)
 
     @classmethod
@@ -109,15 +110,24 @@ class ModelEngine:
         ragged = flatten(batch, self._info.block_size, MIN_ROWS)
         if ragged.fresh_blocks:
             self._pool.clear(ragged.fresh_blocks)
-        self._attention.plan = AttentionPlan(ragged, self._pool.layout, self._shape.groups, self._device)
-        keep = torch.from_numpy(ragged.last_rows[list(wanted)]).to(self._device)
+        self._attention.plan = AttentionPlan(ragged, self._pool.layout, self._device)
+        logits = self._forward(
+            torch.from_numpy(ragged.token_ids).to(self._device),
+            torch.from_numpy(ragged.positions).to(self._device),
+            torch.from_numpy(ragged.last_rows[list(wanted)]).to(self._device),
+        )
+        self._attention.plan = None
+        return logits
+
+    def _forward(self, token_ids: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
+        if self._lean is not None:
+            return self._lean.logits(token_ids, positions, keep)
         output = self._model(
-            input_ids=torch.from_numpy(ragged.token_ids).to(self._device).unsqueeze(0),
-            position_ids=torch.from_numpy(ragged.positions).to(self._device).unsqueeze(0),
+            input_ids=token_ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
             use_cache=False,
             logits_to_keep=keep,
         )
-        self._attention.plan = None
         logits: Tensor = output.logits[0]
         return logits
 

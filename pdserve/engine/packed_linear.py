@@ -7,7 +7,7 @@ With one or a few rows some kernels sum in another order than with many, so rows
 number: then a row's result does not depend on how many rows are computed with it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,6 @@ bfloat16 on AVX-512, packed and plain; checked at load by `pdserve.engine.self_c
 _EXPECTED_ROWS = 32
 """Batch size that the layout is chosen for; it serves other sizes as well."""
 
-Apply = Callable[[Tensor], Tensor]
-
 
 @dataclass(frozen=True, slots=True)
 class PackedOps:
@@ -32,6 +30,7 @@ class PackedOps:
 
     reorder: Any
     linear: Any
+    linear_binary: Any
 
 
 def pack_linears(model: nn.Module, dtype: torch.dtype) -> int:
@@ -51,21 +50,46 @@ def pack_linears(model: nn.Module, dtype: torch.dtype) -> int:
     return packed
 
 
+def fused_linear(parent: nn.Module, name: str) -> "PackedLinear":
+    """The one layer that stands for the projection `name` of `parent` and its siblings, in their order."""
+    part = getattr(parent, name)
+    assert isinstance(part, _FusedPart)
+    return part.shared.linear
+
+
 class PackedLinear(nn.Module):
     """Stands for an nn.Linear or Conv1D. `weight` is [out, in]."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, ops: PackedOps | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self._apply_rows = _bind(weight.detach(), None if bias is None else bias.detach(), ops)
+        self._ops = ops
+        self._bias = None if bias is None else bias.detach()
+        self._weight = weight.detach()
+        if ops is not None:
+            self._weight = ops.reorder(self._weight.contiguous(), _EXPECTED_ROWS)
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         rows = states.reshape(-1, self.in_features)
         if not len(rows):
             return states.new_empty(*states.shape[:-1], self.out_features)
-        output = self._apply_rows(_pad_rows(rows))[: len(rows)]
+        output = self.apply_rows(_pad_rows(rows))[: len(rows)]
         return output.view(*states.shape[:-1], self.out_features)
+
+    def apply_rows(self, rows: Tensor) -> Tensor:
+        """[n, in] -> [n, out], n >= MIN_ROWS."""
+        if self._ops is None:
+            return nn.functional.linear(rows, self._weight, self._bias)
+        output: Tensor = self._ops.linear(rows, self._weight, self._bias, "none", [], "")
+        return output
+
+    def add_rows(self, rows: Tensor, residual: Tensor) -> Tensor:
+        """The same plus `residual` [n, out], rounded once."""
+        if self._ops is None:
+            return residual + nn.functional.linear(rows, self._weight, self._bias)
+        output: Tensor = self._ops.linear_binary(rows, residual, self._weight, self._bias, "add")
+        return output
 
 
 class _FusedPart(nn.Module):
@@ -74,17 +98,17 @@ class _FusedPart(nn.Module):
     def __init__(self, shared: "_SharedProjection", index: int) -> None:
         super().__init__()
         self._index = index
-        self._shared = [shared]  # in a list, so that it is not a submodule three times
+        self.shared = shared
 
     def forward(self, states: Tensor) -> Tensor:
-        return self._shared[0].part(states, self._index)
+        return self.shared.part(states, self._index)
 
 
 class _SharedProjection:
     """Computes projections of one input together and hands them out one by one."""
 
     def __init__(self, linear: PackedLinear, sizes: Sequence[int]) -> None:
-        self._linear = linear
+        self.linear = linear
         self._sizes = list(sizes)
         self._input: Tensor | None = None
         self._parts: dict[int, Tensor] = {}
@@ -92,7 +116,7 @@ class _SharedProjection:
     def part(self, states: Tensor, index: int) -> Tensor:
         if self._input is not states or index not in self._parts:
             self._input = states
-            self._parts = dict(enumerate(self._linear(states).split(self._sizes, dim=-1)))
+            self._parts = dict(enumerate(self.linear(states).split(self._sizes, dim=-1)))
         part = self._parts.pop(index)
         if not self._parts:
             self._input = None
@@ -125,14 +149,6 @@ def _weight_and_bias(linear: Any) -> tuple[Tensor, Tensor | None]:
     return linear.weight, linear.bias
 
 
-def _bind(weight: Tensor, bias: Tensor | None, ops: PackedOps | None) -> Apply:
-    """The function rows [n, in] -> [n, out] of a weight."""
-    if ops is None:
-        return lambda rows: nn.functional.linear(rows, weight, bias)
-    packed = ops.reorder(weight.contiguous(), _EXPECTED_ROWS)
-    return lambda rows: ops.linear(rows, packed, bias, "none", [], "")
-
-
 def _pad_rows(rows: Tensor) -> Tensor:
     missing = MIN_ROWS - len(rows)
     return rows if missing <= 0 else torch.cat([rows, rows[:1].expand(missing, -1)])
@@ -143,15 +159,19 @@ def find_packed_ops(dtype: torch.dtype) -> PackedOps | None:
     mkldnn = getattr(torch.ops, "mkldnn", None)
     reorder = getattr(mkldnn, "_reorder_linear_weight", None)
     linear = getattr(mkldnn, "_linear_pointwise", None)
-    if reorder is None or linear is None:
+    linear_binary = getattr(linear, "binary", None)
+    if reorder is None or linear is None or linear_binary is None:
         return None
-    ops = PackedOps(reorder, linear)
+    ops = PackedOps(reorder, linear, linear_binary)
     return ops if _works(ops, dtype) else None
 
 
 def _works(ops: PackedOps, dtype: torch.dtype) -> bool:
-    weight = torch.eye(16, dtype=dtype)
+    unit = torch.eye(16, dtype=dtype)
     try:
-        return bool(torch.equal(ops.linear(weight, ops.reorder(weight, 16), None, "none", [], ""), weight))
+        packed = ops.reorder(unit, 16)
+        plain = ops.linear(unit, packed, None, "none", [], "")
+        added = ops.linear_binary(unit, unit, packed, None, "add")
     except RuntimeError:  # this build or CPU has no such kernel
         return False
+    return bool(torch.equal(plain, unit) and torch.equal(added, 2 * unit))

@@ -1,12 +1,15 @@
-"""Attention by tiles against the formula written out in float64."""
+"""Attention by parts and tiles against the formula written out in float64."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from pdserve.engine.tile_attention import attend, attend_all_heads, merge
+from pdserve.engine.tile_attention import attend_chunk, attend_rows, attend_rows_by_head, fade, merge
 
 SCALE = 0.3
+SINKS = torch.tensor([[0.5, -1.0], [2.0, 0.0], [0.1, -3.0]])
 
 
 def by_formula(
@@ -23,46 +26,67 @@ def by_formula(
     return (scores / total @ value.double()).transpose(0, 1)
 
 
-@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -1.0, 2.0])])
+@pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("num_tiles", [1, 4])
-def test_merged_tiles_are_the_whole(num_tiles: int, softcap: float | None, sinks: Tensor | None) -> None:
+@pytest.mark.parametrize("num_parts", [1, 4])
+def test_merged_parts_of_a_chunk_are_the_whole(
+    num_parts: int, softcap: float | None, with_sinks: bool
+) -> None:
     torch.manual_seed(0)
-    query, key, value = torch.randn(3, 6, 16), torch.randn(3, 64, 16), torch.randn(3, 64, 16)
+    kv_heads, groups, rows, keys = 3, 2, 8, 64
+    query = torch.randn(kv_heads, groups, rows, 16)
+    key, value = torch.randn(kv_heads, keys, 16), torch.randn(kv_heads, keys, 16)
+    mask = torch.zeros(rows, rows).masked_fill(~torch.ones(rows, rows, dtype=torch.bool).tril(), -torch.inf)
+    masks = [*[None] * (num_parts - 1), mask]
     parts = [
-        attend(query[None], k[None], v[None], None, causal=False, scale=SCALE, softcap=softcap)
-        for k, v in zip(key.chunk(num_tiles, 1), value.chunk(num_tiles, 1), strict=True)
+        attend_chunk(query, k, v, mask, scale=SCALE, softcap=softcap, with_log_sum=True)
+        for k, v, mask in zip(key.chunk(num_parts, 1), value.chunk(num_parts, 1), masks, strict=True)
     ]
-    outputs = torch.stack([output[0] for output, _ in parts]).permute(2, 0, 1, 3)
-    log_sums = torch.stack([log_sum[0] for _, log_sum in parts]).permute(2, 0, 1)
-    expected = by_formula(query, key, value, torch.ones(6, 64, dtype=torch.bool), softcap, sinks)
-    torch.testing.assert_close(merge(outputs, log_sums, sinks).double(), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_causal_and_masked_rows(softcap: float | None) -> None:
-    torch.manual_seed(1)
-    query, key, value = torch.randn(2, 8, 16), torch.randn(2, 8, 16), torch.randn(2, 8, 16)
-    seen = torch.ones(8, 8, dtype=torch.bool).tril()
-    expected = by_formula(query, key, value, seen, softcap, None)
-    mask = torch.zeros(8, 8).masked_fill(~seen, -torch.inf)
-    for causal, explicit in ((True, None), (False, mask[None, None])):
-        output, _ = attend(
-            query[None], key[None], value[None], explicit, causal=causal, scale=SCALE, softcap=softcap
-        )
-        torch.testing.assert_close(output[0].transpose(0, 1).double(), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_all_heads_at_once_is_head_by_head(softcap: float | None) -> None:
-    torch.manual_seed(2)
-    tiles, kv_heads, groups, keys, dim = 5, 3, 2, 32, 16
-    query = torch.randn(tiles, kv_heads, groups, dim)
-    key, value = torch.randn(tiles, keys, kv_heads, dim), torch.randn(tiles, keys, kv_heads, dim)
-    mask = torch.zeros(tiles, 1, 1, keys).masked_fill(torch.rand(tiles, 1, 1, keys) < 0.3, -torch.inf)
-    output, log_sum = attend_all_heads(query, key, value, mask, scale=SCALE, softcap=softcap)
-    by_head = attend(
-        query, key.transpose(1, 2), value.transpose(1, 2), mask, causal=False, scale=SCALE, softcap=softcap
+    log_sums = torch.stack([log_sum for _, log_sum in parts if log_sum is not None])
+    output = merge(torch.stack([output for output, _ in parts]), log_sums)
+    if with_sinks:
+        output = fade(output, torch.logsumexp(log_sums, 0), SINKS[:, :, None])
+    seen = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows)
+    expected = by_formula(
+        query.flatten(0, 1),
+        key.repeat_interleave(groups, 0),
+        value.repeat_interleave(groups, 0),
+        seen,
+        softcap,
+        SINKS.flatten() if with_sinks else None,
     )
-    torch.testing.assert_close(output, by_head[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(log_sum, by_head[1], rtol=1e-5, atol=1e-5)
+    got = output.permute(2, 0, 1, 3).flatten(1, 2)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attend", [attend_rows, attend_rows_by_head])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_rows_of_several_sequences(
+    groups: int, softcap: float | None, with_sinks: bool, attend: Callable[..., tuple[Tensor, Tensor | None]]
+) -> None:
+    torch.manual_seed(2)
+    batch, kv_heads, keys, dim = 5, 3, 32, 16
+    query = torch.randn(batch, kv_heads, groups, dim)
+    key, value = torch.randn(batch, keys, kv_heads, dim), torch.randn(batch, keys, kv_heads, dim)
+    seen = torch.rand(batch, 1, keys) < 0.7
+    mask = torch.zeros(batch, 1, keys).masked_fill(~seen, -torch.inf)
+    sinks = SINKS[:, :groups]
+    output, log_sum = attend(
+        query, key, value, mask, scale=SCALE, softcap=softcap, with_log_sum=with_sinks
+    )
+    if with_sinks:
+        assert log_sum is not None
+        output = fade(output, log_sum, sinks)
+    for row in range(batch):
+        expected = by_formula(
+            query[row].flatten(0, 1).unsqueeze(1),
+            key[row].transpose(0, 1).repeat_interleave(groups, 0),
+            value[row].transpose(0, 1).repeat_interleave(groups, 0),
+            seen[row],
+            softcap,
+            sinks.flatten() if with_sinks else None,
+        )
+        got = output[row].reshape(1, kv_heads * groups, dim)
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)

@@ -85,7 +85,7 @@ def test_what_cannot_be_served_exactly_is_refused_by_name(kind: str, tmp_path: P
 
 def test_a_window_the_function_is_not_told_of_is_refused(tmp_path: Path) -> None:
     """The self-check finds what nothing announces: here a model whose masks are narrower than it says."""
-    make_model("mistral", tmp_path)
+    make_model("gemma2", tmp_path)
 
     def forget(*arguments: Any, **named: Any) -> Any:
         named.pop("sliding_window", None)
