@@ -13,8 +13,9 @@ What a step is (`engine.ModelEngine.step`):
 
 1. `ragged_batch` flattens the sequences: decode rows first, then prefill chunks, no padding.
 2. `attention_plan` says, in index tensors that all layers share, which keys each row sees.
-3. The model runs; at each layer `attention` writes the new keys and values to the pool and reads the
-   sequences' own back, tile by tile (`tile_attention`), so that a row's bits depend on its position alone.
+3. The model runs: Llama-like ones on a CPU through `lean_decoder`, others through transformers' modules. At
+   each layer `attention` writes the new keys and values to the pool and reads the sequences' own back
+   (`tile_attention`), in shapes that make a row's bits depend on its position alone.
 4. `sampler` turns the logits of those sequences that asked into tokens.
 
 Who owns which block is decided outside, with `block_allocator`; `chunking` says where chunks end;

@@ -1,5 +1,6 @@
 """Which keys every row of a step attends to, as index tensors shared by all layers."""
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -157,7 +158,7 @@ class AttentionPlan:
         if window is not None and window < stop:
             return QueryTile(start, (self._windowed(start, stop, window),))
         cuts = [*range(0, stop, PREFILL_PART_TOKENS), stop]
-        parts = [KeyRange(a, b, None) for a, b in zip(cuts[:-2], cuts[1:-1], strict=True)]
+        parts = [KeyRange(first, last, None) for first, last in itertools.pairwise(cuts[:-1])]
         return QueryTile(start, (*parts, KeyRange(cuts[-2], stop, self._causal_mask())))
 
     def _windowed(self, start: int, stop: int, window: int) -> KeyRange:

@@ -62,7 +62,7 @@ class ModelEngine:
         tell(f"finding {settings.model}")
         checkpoint = find_checkpoint(settings.model, settings.revision)
         tell(f"loading {checkpoint.weight_bytes / 2**20:.0f} MiB of weights")
-        require_room(checkpoint.weight_bytes, settings, device)
+        require_room(checkpoint.loaded_bytes(settings.dtype), settings, device)
         loaded = load_model(checkpoint, settings, device)
         shape = probe_attention(settings.model, loaded.model, loaded.config)
         reference = make_reference(loaded.model, int(loaded.config.vocab_size), loaded.max_model_len)

@@ -3,10 +3,10 @@
 import os
 from pathlib import Path
 
-import psutil
 import torch
 
 from pdserve.contract.errors import ConfigError
+from pdserve.memory import available_main_memory
 
 
 def find_device(wanted: str) -> torch.device:
@@ -29,7 +29,7 @@ def available_bytes(device: torch.device) -> int:
     """Memory that can still be taken on `device`, the container's limit included."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return min(int(psutil.virtual_memory().available), _cgroup_available_bytes())
+    return available_main_memory()
 
 
 def host_id() -> str:
@@ -40,22 +40,3 @@ def host_id() -> str:
         return "/".join((boot, os.readlink("/proc/self/ns/pid"), os.readlink("/proc/self/ns/mnt")))
     except OSError:
         return ""
-
-
-def _cgroup_available_bytes() -> int:
-    limits = [
-        _headroom(Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-        _headroom(
-            Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-            Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-        ),
-    ]
-    return min(limits)
-
-
-def _headroom(limit: Path, usage: Path) -> int:
-    """Bytes left below a cgroup limit; 2**62 where there is none ("max", or no such file)."""
-    try:
-        return max(0, int(limit.read_text()) - int(usage.read_text()))
-    except (OSError, ValueError):
-        return 2**62

@@ -1,9 +1,9 @@
 """The forward pass of Llama-like models on a CPU, without the modules of transformers.
 
-Between the matrix products of a decode step lie some forty small operators a layer, each a few microseconds that
-no core spends reading weights. This pass says the same with about twenty: queries and keys are rotated together,
-residuals are added inside the products, nothing is transposed. The last layer goes on only for the rows whose
-logits are wanted. Whether it computes what the model computes is checked at load (`self_check`).
+Between the matrix products of a decode step lie some forty small operators a layer, each a few microseconds
+that no core spends reading weights. This pass says the same with about twenty: queries and keys are rotated
+together, residuals are added inside the products, nothing is transposed. The last layer goes on only for the
+rows whose logits are wanted. Whether it computes what the model computes is checked at load (`self_check`).
 """
 
 from collections.abc import Callable
@@ -34,11 +34,9 @@ class LeanDecoder:
         decoder = model.model
         self._embed = decoder.embed_tokens
         self._rotary = decoder.rotary_emb
-        self._layers = [
-            _Layer(index, layer, shape, attention) for index, layer in enumerate(decoder.layers)
-        ]
+        self._layers = [_Layer(index, layer, shape, attention) for index, layer in enumerate(decoder.layers)]
         self._norm = _RmsNorm(decoder.norm)
-        self._head = model.lm_head
+        self._head: PackedLinear = model.lm_head
 
     @classmethod
     def find(cls, model: Any, shape: AttentionShape, attention: PagedAttention) -> "LeanDecoder | None":
@@ -53,7 +51,7 @@ class LeanDecoder:
     def logits(self, token_ids: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
         """token_ids and positions: int64 [T], T >= MIN_ROWS; keep: int64 [n], rows whose logits are wanted.
         Returns [n, vocab]. Every row's keys and values are in the pool afterwards."""
-        states = self._embed(token_ids)
+        states: Tensor = self._embed(token_ids)
         rotation = self._rotate(states, positions)
         for layer in self._layers[:-1]:
             states = layer.finish(states, layer.attend(layer.project(states, rotation)))

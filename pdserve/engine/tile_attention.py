@@ -23,9 +23,10 @@ def attend_chunk(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of consecutive positions.
 
-    query: [kv_heads, groups, rows, head_dim]; key and value: [kv_heads, keys, head_dim]; mask: [rows, n], zero or
-    minus infinity for the last n keys, or None; every row sees some key. Returns [kv_heads, groups, rows,
-    head_dim] in value's dtype and the float32 log of the sum of exponentiated scores [kv_heads, groups, rows].
+    query: [kv_heads, groups, rows, head_dim]; key and value: [kv_heads, keys, head_dim]; mask: [rows, n],
+    zero or minus infinity for the last n keys, or None; every row sees some key. Returns [kv_heads, groups,
+    rows, head_dim] in value's dtype and, if asked for, the log of the sum of exponentiated scores, float32
+    [kv_heads, groups, rows].
     """
     kv_heads, groups, rows, head_dim = query.shape
     scores = torch.bmm(query.reshape(kv_heads, groups * rows, head_dim), key.transpose(1, 2))
@@ -51,17 +52,15 @@ def attend_rows(
 
     Each query is laid out over the width of all KV heads, zero outside its own. The zeros cost arithmetic
     and save what is scarce: keys and values are read as they lie, in one piece.
-    query: [batch, kv_heads, groups, head_dim]; key and value: [batch, keys, kv_heads, head_dim]; mask: [batch, 1,
-    keys], zero or minus infinity; every row sees some key. Returns [batch, kv_heads, groups, head_dim] and
-    the log-sum-exp [batch, kv_heads, groups], as `attend_chunk`.
+    query: [batch, kv_heads, groups, head_dim]; key and value: [batch, keys, kv_heads, head_dim]; mask:
+    [batch, 1, keys], zero or minus infinity; every row sees some key. Returns [batch, kv_heads, groups,
+    head_dim] and the log-sum-exp [batch, kv_heads, groups], as `attend_chunk`.
     """
     batch, kv_heads, groups, head_dim = query.shape
     wide = query.new_zeros(batch, kv_heads, groups, kv_heads, head_dim)
     wide.diagonal(dim1=1, dim2=3).copy_(query.permute(0, 2, 3, 1))
     scores = torch.bmm(wide.view(batch, kv_heads * groups, -1), key.flatten(2).transpose(1, 2))
-    weights, log_sum = _soften(
-        _scale_and_cap(scores, scale, softcap).add_(mask), value.dtype, with_log_sum
-    )
+    weights, log_sum = _soften(_scale_and_cap(scores, scale, softcap).add_(mask), value.dtype, with_log_sum)
     output = torch.bmm(weights, value.flatten(2))
     own = output.view(batch, kv_heads, groups, kv_heads, head_dim).diagonal(dim1=1, dim2=3)
     return own.permute(0, 3, 1, 2), None if log_sum is None else log_sum.view(batch, kv_heads, groups)
@@ -79,8 +78,8 @@ def attend_rows_by_head(
 ) -> tuple[Tensor, Tensor | None]:
     """The same as `attend_rows`, head by head.
 
-    A row's bits must not depend on what is beside it, but a single piece of work is cut among threads in another
-    way than several (measured), so it is given twice.
+    A row's bits must not depend on what is beside it, but a single piece of work is cut among threads in
+    another way than several (measured), so it is given twice.
     """
     batch, kv_heads, _, _ = query.shape
     key, value, mask = key.transpose(1, 2), value.transpose(1, 2), mask[:, None]
@@ -117,8 +116,8 @@ def fade(output: Tensor, log_sum: Tensor, sinks: Tensor) -> Tensor:
 def _by_fused_kernel(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Products of 1 and 3 rows sum in an order that depends on how their buffer is aligned, which differs between
-    threads (measured): their number is made even. query: [batch, kv_heads, groups, head_dim]."""
+    """Products of 1 and 3 rows sum in an order that depends on how their buffer is aligned, which differs
+    between threads (measured): their number is made even. query: [batch, kv_heads, groups, head_dim]."""
     groups = query.shape[2]
     if groups in (1, 3):
         query = torch.nn.functional.pad(query, (0, 0, 0, 1))

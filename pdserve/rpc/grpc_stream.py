@@ -5,9 +5,9 @@ write is cancelled, but a `receive` under a timeout must lose nothing.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import grpc
 import grpc.aio
@@ -107,8 +107,9 @@ class ClientStream(GrpcStream):
     async def _read(self) -> None:
         """By iteration: the call's own `read` loses what is still to come once a write of ours has failed,
         as it does when the server ends the call while we send."""
+        responses = cast("AsyncGenerator[bytes, None]", aiter(self._grpc_call))
         try:
-            async with aclosing(aiter(self._grpc_call)) as messages:
+            async with aclosing(responses) as messages:
                 await self._fill_inbox(lambda: anext(messages, _EOF))
         except ProtocolViolation as violation:
             self.break_off(f"{self._call} stream to {self.peer}: {violation}")

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from pdserve.contract.ids import BlockId
 from pdserve.contract.work import SequenceStep
+from pdserve.engine import attention_plan
 from pdserve.engine.engine import ModelEngine
 from tests.engine_runs import Blocks, Run, cached_kv, load_engine, logits_of, prefill
 from tests.small_models import CONFIGS, VOCAB_SIZE, make_model
@@ -46,6 +48,20 @@ def test_bits_do_not_depend_on_the_cut(architecture: str, dtype: str, tmp_path: 
 def test_wide_layers_on_several_threads(threads: int, dtype: str, tmp_path: Path) -> None:
     make_model("llama", tmp_path, dtype=getattr(torch, dtype), **WIDE)
     assert_invariant(load_engine(tmp_path, dtype=dtype, chunk_tokens=64, threads=threads))
+
+
+def test_a_prompt_whose_keys_are_taken_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As prompts beyond 4,096 tokens are, which would take minutes here: the same bits however it is cut, and
+    what the whole gives up to rounding."""
+    make_model("llama", tmp_path)
+    engine = load_engine(tmp_path, chunk_tokens=64)
+    tokens = list(range(3, 303))
+    run = Run(tokens, len(tokens), list(map(BlockId, range(20))))
+    whole = prefill(engine, run)
+    monkeypatch.setattr(attention_plan, "PREFILL_PART_TOKENS", attention_plan.PREFILL_TILE_TOKENS)
+    run.computed = 0
+    torch.testing.assert_close(prefill(engine, run), whole, rtol=1e-4, atol=1e-4)
+    assert_invariant(engine)
 
 
 def assert_invariant(engine: ModelEngine) -> None:

@@ -73,9 +73,7 @@ def test_rows_of_several_sequences(
     seen = torch.rand(batch, 1, keys) < 0.7
     mask = torch.zeros(batch, 1, keys).masked_fill(~seen, -torch.inf)
     sinks = SINKS[:, :groups]
-    output, log_sum = attend(
-        query, key, value, mask, scale=SCALE, softcap=softcap, with_log_sum=with_sinks
-    )
+    output, log_sum = attend(query, key, value, mask, scale=SCALE, softcap=softcap, with_log_sum=with_sinks)
     if with_sinks:
         assert log_sum is not None
         output = fade(output, log_sum, sinks)
