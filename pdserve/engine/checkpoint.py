@@ -114,7 +114,7 @@ def _refuse_by_config(model: str, config: Mapping[str, Any]) -> None:
             f"model {model!r} is quantised ({method}), which is not supported: use its float16, bfloat16 or "
             "float32 weights"
         )
-    need = next(_unmet_needs(text), None)
+    need = next(unmet_needs(text), None)
     if need is not None:
         kind = config.get("model_type", "unnamed")
         raise ModelUnsupported(
@@ -122,8 +122,9 @@ def _refuse_by_config(model: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def _unmet_needs(config: Mapping[str, Any]) -> Iterator[str]:
-    """Only what a configuration says outright; the engine finds the rest once the model is loaded."""
+def unmet_needs(config: Mapping[str, Any]) -> Iterator[str]:
+    """What a text model's configuration asks for outright and pdserve does not have; the engine finds the
+    rest once the model is loaded."""
     strange = sorted(set(map(str, config.get("layer_types") or ())) - _SERVED_LAYERS)
     if strange:
         yield f"layers of type {', '.join(strange)}"

@@ -9,10 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from pdserve.contract.errors import ModelUnsupported
-from pdserve.engine.checkpoint import Checkpoint
+from pdserve.engine.checkpoint import Checkpoint, unmet_needs
 from pdserve.engine.settings import EngineSettings
 
-_KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _BATCH_DEPENDENT_ROPE = {"longrope", "dynamic"}
 
 
@@ -34,7 +33,7 @@ def load_model(checkpoint: Checkpoint, settings: EngineSettings, device: torch.d
     """Load the weights. Raises ModelUnsupported naming the model and what it needs that is not there."""
     config = _load_config(checkpoint, settings)
     text_config = config.get_text_config(decoder=True)
-    _refuse_by_config(settings.model, checkpoint, text_config)
+    _refuse_by_config(settings.model, text_config)
     model = _load_weights(checkpoint, settings, config).to(device).eval().requires_grad_(False)
     _refuse_by_class(settings.model, model)
     return LoadedModel(
@@ -86,24 +85,11 @@ def _load_weights(checkpoint: Checkpoint, settings: EngineSettings, config: Any)
             transformers_logging.enable_progress_bar()
 
 
-def _refuse_by_config(name: str, checkpoint: Checkpoint, config: Any) -> None:
-    quantization = checkpoint.config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown method")
-        raise ModelUnsupported(
-            f"model {name!r} is quantised ({method}), which is not supported: use its float16, bfloat16 or "
-            "float32 weights"
-        )
-    kind = config.model_type
-    strange = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYER_TYPES)
-    if strange:
-        raise _unsupported(name, kind, f"layers of type {', '.join(strange)}")
-    if getattr(config, "attention_chunk_size", None):
-        raise _unsupported(name, kind, "chunked local attention")
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise _unsupported(name, kind, "layers that share one KV cache")
-    if getattr(config, "is_encoder_decoder", False):
-        raise _unsupported(name, kind, "an encoder")
+def _refuse_by_config(name: str, config: Any) -> None:
+    """As `find_checkpoint` did by config.json, now also by what the configuration's class adds to it."""
+    need = next(unmet_needs(config.to_dict()), None)
+    if need is not None:
+        raise _unsupported(name, config.model_type, need)
 
 
 def _refuse_by_class(name: str, model: Any) -> None:

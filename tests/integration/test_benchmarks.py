@@ -1,0 +1,37 @@
+"""The benchmark of the engine does what it says, on a model so small that its figures mean nothing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks import engine as benchmark
+from benchmarks.conditions import conditions
+from pdserve.engine.engine import ModelEngine
+from pdserve.engine.settings import EngineSettings
+
+TINY = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def test_it_measures_pairs_of_the_same_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in TINY.items():
+        monkeypatch.setitem(benchmark.SHAPE, key, value)
+    benchmark.make_model(tmp_path)
+    engine = ModelEngine.load(EngineSettings(str(tmp_path), threads=1, kv_memory_bytes=16 << 20))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    result = benchmark.measure(engine, plain, repeats=1)
+    names = {"decode_b1", "decode_b8", "decode_b32", "prefill_512"}
+    assert set(result["ratios_to_transformers"]) == names
+    assert all(ratio > 0 for ratio in result["ratios_to_transformers"].values())
+    assert set(result["decode_ms_per_step"]) == {"b1", "b8", "b32"}
+    assert result["prefill_512_tokens_per_s"] > 0
+    for timings in result["seconds"].values():
+        assert {timing["runs"] for timing in timings.values()} == {1}
+
+
+def test_it_tells_where_and_how_it_was_measured() -> None:
+    told = conditions("engine")
+    assert told["command"].startswith("python -m benchmarks.engine")
+    assert {"commit", "measured_at", "hardware", "versions"} <= set(told)
