@@ -3,6 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Protocol
 
+FAREWELL_S = 1.0
+"""How long a client may take to read the error that ends its request. After that an HTTP connection is
+aborted, and a gRPC call is left to gRPC."""
+
 
 @dataclass(frozen=True, slots=True)
 class ApiLimits:

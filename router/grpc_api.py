@@ -20,7 +20,7 @@ from pdserve.contract.errors import ConfigError, ErrorCode, ErrorInfo, PdserveEr
 from pdserve.contract.ids import RequestId
 from pdserve.contract.ports import Clock, Rng
 from pdserve.rpc.channel import SERVER_OPTIONS
-from router.api_settings import ApiSettings, NoObserver, RequestObserver
+from router.api_settings import FAREWELL_S, ApiSettings, NoObserver, RequestObserver
 from router.choices import ChoicePiece, running_job
 from router.grpc_convert import (
     body_from,
@@ -146,13 +146,28 @@ class _Generation(pb_grpc.GenerationServicer):
             code, status = "ok", 200
         except PdserveError as error:
             code, status = error.info.code, error_status(error.info.code)
-            await _abort(context, error.info)
+            await self._abort(context, error.info)
         except Exception:
             log.exception("a gRPC request failed for a reason that nobody foresaw")
             code, status = ErrorCode.INTERNAL, error_status(ErrorCode.INTERNAL)
-            await _abort(context, ErrorInfo(ErrorCode.INTERNAL, "internal error, see the router's log"))
+            await self._abort(context, ErrorInfo(ErrorCode.INTERNAL, "internal error, see the router's log"))
         finally:
             self._observer.on_request_end(API, code, status)
+
+    async def _abort(self, context: _Context, info: ErrorInfo) -> NoReturn:
+        """End the call with the error's status; `info.code` says more than the status can."""
+        metadata = [("error-code", str(info.code))]
+        if info.param is not None:
+            metadata.append(("error-param", info.param))
+        if info.retry_after_s is not None:
+            metadata.append(("retry-after-s", f"{info.retry_after_s:g}"))
+        try:
+            async with self._clock.timeout(FAREWELL_S):
+                await context.abort(status_of(info.code), info.message, tuple(metadata))
+        except (TimeoutError, grpc.aio.InternalError):
+            # What was written last is still under way to a client that does not read, and the status waits
+            # behind it: the client gets it when it reads on, and nobody here waits for that.
+            raise asyncio.CancelledError from None
 
     def _job(self, request: pb.GenerateRequest, context: _Context) -> Job:
         info = self._desk.model_info()
@@ -185,6 +200,9 @@ class _Generation(pb_grpc.GenerationServicer):
         request_ids = [self._desk.new_request_id() for _ in job.choices]
         usage = Usage(job)
         begun: set[int] = set()
+        # By itself, since it needs no reader: else it goes with the first chunk, and until a client has read
+        # that no status can be sent.
+        await context.send_initial_metadata(())
         async with self._running(job, request_ids) as pieces:
             async for piece in pieces:
                 usage.add(piece)
@@ -206,21 +224,6 @@ class _Generation(pb_grpc.GenerationServicer):
         return running_job(
             self._desk, job, request_ids, self._text_model, limits.max_unread_tokens, self._clock
         )
-
-
-async def _abort(context: _Context, info: ErrorInfo) -> NoReturn:
-    """End the call with the error's status; `info.code` says more than the status can."""
-    metadata = [("error-code", str(info.code))]
-    if info.param is not None:
-        metadata.append(("error-param", info.param))
-    if info.retry_after_s is not None:
-        metadata.append(("retry-after-s", f"{info.retry_after_s:g}"))
-    try:
-        await context.abort(status_of(info.code), info.message, tuple(metadata))
-    except grpc.aio.InternalError:
-        # What was written last is still under way to a client that does not read. gRPC cuts a call whose
-        # handler is cancelled.
-        raise asyncio.CancelledError from None
 
 
 def _listen(server: grpc.aio.Server, host: str, port: int) -> int:

@@ -21,7 +21,7 @@ from pdserve.contract.errors import (
 from pdserve.contract.ids import RequestId
 from pdserve.contract.ports import Clock
 from pdserve.contract.work import ModelInfo
-from router.api_settings import ApiSettings, RequestObserver
+from router.api_settings import FAREWELL_S, ApiSettings, RequestObserver
 from router.choices import ChoicePiece, running_job
 from router.http_reply import HttpReply
 from router.intake import Intake, Job
@@ -37,9 +37,6 @@ CHAT = "chat"
 _ID_PREFIXES = {COMPLETIONS: "cmpl-", CHAT: "chatcmpl-"}
 
 _MAX_DEADLINE_DIGITS = 12
-
-FAREWELL_S = 1.0
-"""How long a client may take to read the error that ends its request, before its connection is aborted."""
 
 log = logging.getLogger(__name__)
 

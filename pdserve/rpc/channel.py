@@ -9,6 +9,9 @@ KEEPALIVE_TIMEOUT_S = 3.0
 PEER_LOST_S = KEEPALIVE_TIME_S + KEEPALIVE_TIMEOUT_S
 """A frozen or cut-off peer is dead for us after at most this time."""
 
+FAREWELL_S = 1.0
+"""How long an end waits until what has already been said, also that a stream is broken, is with the peer."""
+
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 """gRPC's default of 4 MiB refuses prompts of a million tokens."""
 

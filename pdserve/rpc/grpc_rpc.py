@@ -8,12 +8,9 @@ import grpc.aio
 
 from pdserve.contract.errors import ConfigError
 from pdserve.contract.ports import Call, Handler
-from pdserve.rpc.channel import CHANNEL_OPTIONS, SERVER_OPTIONS
+from pdserve.rpc.channel import CHANNEL_OPTIONS, FAREWELL_S, SERVER_OPTIONS
 from pdserve.rpc.convert import SERVICE
 from pdserve.rpc.grpc_stream import ClientStream, ServerStream
-
-FAREWELL_S = 1.0
-"""How long closing waits until what has already been said, also that a stream is broken, is with the peer."""
 
 Register = Callable[[grpc.aio.Server], None]
 """Adds further services, such as health checks or reflection, to a gRPC server before it starts."""

@@ -6,7 +6,7 @@ write is cancelled, but a `receive` under a timeout must lose nothing.
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, NamedTuple, cast
 
 import grpc
@@ -15,7 +15,7 @@ import grpc.aio
 from pdserve.contract.errors import ProtocolViolation
 from pdserve.contract.messages import End, Message
 from pdserve.contract.ports import Call, Handler
-from pdserve.rpc.channel import MAX_MESSAGE_BYTES
+from pdserve.rpc.channel import FAREWELL_S, MAX_MESSAGE_BYTES
 from pdserve.rpc.convert import SERVICE, codec_for
 from pdserve.rpc.stream import BufferedStream, Direction, serve_stream
 from pdserve.rpc.window import Window
@@ -146,6 +146,10 @@ class ServerStream(GrpcStream):
     async def serve(self, handler: Handler) -> None:
         """Run the handler to its end. Raises asyncio.CancelledError when gRPC is to forget the call."""
         try:
+            # By itself: else it goes with the first message, and while that is under way no status can be
+            # sent, so that a client whose stream is broken here would not hear of it.
+            with suppress(*_CALL_IS_OVER):
+                await self._context.send_initial_metadata(())
             await self._serve(handler)
         except asyncio.CancelledError:
             if not self.broken:
@@ -188,9 +192,11 @@ class ServerStream(GrpcStream):
 
     async def _abort(self) -> None:
         try:
-            await self._context.abort(grpc.StatusCode.ABORTED, "the stream is broken")
-        except grpc.aio.InternalError:
-            # The call is over and nobody is there to be told; this ends it without a line in the log.
+            async with asyncio.timeout(FAREWELL_S):
+                await self._context.abort(grpc.StatusCode.ABORTED, "the stream is broken")
+        except (TimeoutError, grpc.aio.InternalError):
+            # The call is over and nobody is there to be told, or the status waits behind a message that the
+            # client does not read; this ends it here without a line in the log.
             raise asyncio.CancelledError from None
 
 

@@ -363,6 +363,30 @@ async def test_a_handler_that_cancels_breaks_the_client(pair: Pair) -> None:
         await stream.receive()
 
 
+@pytest.mark.parametrize("after_s", [0.0, 0.1])
+async def test_a_handler_that_cancels_while_its_messages_are_under_way_breaks_the_client(
+    pair: Pair, after_s: float
+) -> None:
+    """From the first message on, however large, to a client that reads only then."""
+    cancelled = asyncio.Event()
+
+    async def serve(stream: MessageStream) -> None:
+        async def send_for_ever() -> None:
+            while True:
+                await stream.send(bytes(2 * MIB))
+
+        sending = asyncio.ensure_future(send_for_ever())
+        await asyncio.sleep(after_s)
+        sending.cancel()
+        stream.cancel()
+        cancelled.set()
+
+    stream = await pair.open(serve, Call.KV)
+    await cancelled.wait()
+    with pytest.raises(StreamBroken):
+        await receive_all(stream)
+
+
 async def test_closing_the_client_breaks_its_streams(pair: Pair) -> None:
     async def serve(stream: MessageStream) -> None:
         await stream.send(READY)
