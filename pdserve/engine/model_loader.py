@@ -87,7 +87,8 @@ def _load_weights(checkpoint: Checkpoint, settings: EngineSettings, config: Any)
 
 def _refuse_by_config(name: str, config: Any) -> None:
     """As `find_checkpoint` did by config.json, now also by what the configuration's class adds to it."""
-    need = next(unmet_needs(config.to_dict()), None)
+    told = config.to_dict() | {"layer_types": getattr(config, "layer_types", None)}  # derived in some classes
+    need = next(unmet_needs(told), None)
     if need is not None:
         raise _unsupported(name, config.model_type, need)
 
