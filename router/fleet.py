@@ -79,6 +79,7 @@ class Fleet:
         self.epoch = -1
         self.changed = asyncio.Event()
         self._failed_pairs: dict[tuple[WorkerId, WorkerId], float] = {}  # (prefill, decode) -> until
+        self._former_model: ModelInfo | None = None
 
     # What the controller says.
 
@@ -87,6 +88,7 @@ class Fleet:
         if members.epoch < self.epoch:
             return
         self.epoch = members.epoch
+        self._former_model = self.model_info()
         named = {member.worker_id: member for member in members.members}
         for worker_id in [worker_id for worker_id in self.workers if worker_id not in named]:
             self.lost(self.workers.pop(worker_id))
@@ -133,11 +135,12 @@ class Fleet:
 
     def model_info(self) -> ModelInfo | None:
         """None before the first worker has said what it serves. All members serve the same model; this is
-        how the worker with the largest pool does: the longest that can be served must fit there."""
+        how the worker with the largest pool does: the longest that can be served must fit there. While all
+        are being replaced it is what the former members said, so that requests wait for the new ones."""
         hellos = [view.hello for view in self.workers.values() if view.hello is not None]
         decoding = [hello for hello in hellos if hello.role is not Role.PREFILL]
         models = (hello.model for hello in decoding or hellos)
-        return max(models, key=lambda model: model.pool_tokens, default=None)
+        return max(models, key=lambda model: model.pool_tokens, default=self._former_model)
 
     def candidates(
         self, names: Sequence[BlockHash], block_size: int, roles: Sequence[Role], num_tokens: int

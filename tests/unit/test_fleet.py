@@ -145,3 +145,19 @@ def test_a_new_incarnation_has_not_failed_yet() -> None:
     assert fleet.unusable_pairs(10.0) == {("p0", "d1")}
     fleet.set_members(Members(3, (member("p0", 2, Role.PREFILL), member("d0", incarnation=2), member("d1"))))
     assert fleet.unusable_pairs(10.0) == frozenset()
+
+
+def test_what_is_served_stays_known_while_all_workers_are_replaced() -> None:
+    """So a request that comes in between waits instead of being refused."""
+    fleet = Fleet()
+    assert fleet.model_info() is None
+    fleet.set_members(Members(1, (member("d0"),)))
+    assert fleet.model_info() is None
+    connect(fleet, "d0", num_blocks=5)
+    fleet.set_members(Members(2, ()))
+    fleet.set_members(Members(3, (member("d0", incarnation=2),)))
+    info = fleet.model_info()
+    assert info is not None
+    assert info.num_blocks == 5
+    connect(fleet, "d0", incarnation=2, num_blocks=7)
+    assert fleet.model_info() == replace(INFO, num_blocks=7)
