@@ -235,6 +235,8 @@ class TransportOffer:
     name: str
     host_id: str = ""
     """Of the offering process, for transports that need one host."""
+    endpoint: bytes = b""
+    """What else the source must know of the receiver; only the transport itself reads it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +249,8 @@ class TransportChoice:
     """shared_memory: where the source's pool can be mapped."""
     transfer_id: str = ""
     """grpc: names the Kv stream that the decode worker opens."""
+    endpoint: bytes = b""
+    """What else the receiver must know of the source; only the transport itself reads it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +315,7 @@ class Segment:
     """Of the canonical bytes; see `pdserve.handoff.digest`."""
     num_bytes: int
     source_blocks: tuple[int, ...] = ()
-    """shared_memory: pool rows at the source."""
+    """Pool rows at the source, for transports that read them from there."""
 
 
 @dataclass(frozen=True, slots=True)

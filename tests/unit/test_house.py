@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from importlinter import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = {"router", "prefill_worker", "decode_worker"}
@@ -43,11 +42,11 @@ def loaded_after_importing(*modules: str) -> set[str]:
     return set(done.stdout.split())
 
 
-def test_import_rules_are_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(str(ROOT))
-    status = cli.lint_imports(config_filename="pyproject.toml", no_cache=True)
-    assert status == cli.EXIT_STATUS_SUCCESS, capsys.readouterr().out
+def test_import_rules_are_kept() -> None:
+    # A process of its own: import-linter's configuration of logging would silence ours.
+    command = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([command, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_rules_cover_all_packages() -> None:

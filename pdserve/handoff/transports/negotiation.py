@@ -1,6 +1,7 @@
 """Which transport a pair of workers uses for a Prefill call."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from pdserve.contract.errors import ConfigError, ProtocolViolation, Unavailable
 from pdserve.contract.messages import TransportChoice, TransportOffer
@@ -71,7 +72,5 @@ def _check_order(order: Sequence[str], known: Mapping[str, Transport]) -> None:
 
 
 def _explain(accepted: Accepted, reasons: Sequence[str]) -> Accepted:
-    choice = accepted.choice
-    reason = "; ".join((choice.reason, *reasons))
-    explained = TransportChoice(choice.name, reason, choice.pool, choice.transfer_id)
-    return Accepted(explained, accepted.sender)
+    reason = "; ".join((accepted.choice.reason, *reasons))
+    return Accepted(replace(accepted.choice, reason=reason), accepted.sender)

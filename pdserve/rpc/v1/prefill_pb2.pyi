@@ -36,24 +36,28 @@ class PrefillDown(_message.Message):
     def __init__(self, starting: _Optional[_Union[Starting, _Mapping]] = ..., segment: _Optional[_Union[Segment, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., sealed: _Optional[_Union[Sealed, _Mapping]] = ..., end: _Optional[_Union[_common_pb2.End, _Mapping]] = ...) -> None: ...
 
 class TransportOffer(_message.Message):
-    __slots__ = ("name", "host_id")
+    __slots__ = ("name", "host_id", "endpoint")
     NAME_FIELD_NUMBER: _ClassVar[int]
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     name: str
     host_id: str
-    def __init__(self, name: _Optional[str] = ..., host_id: _Optional[str] = ...) -> None: ...
+    endpoint: bytes
+    def __init__(self, name: _Optional[str] = ..., host_id: _Optional[str] = ..., endpoint: _Optional[bytes] = ...) -> None: ...
 
 class TransportChoice(_message.Message):
-    __slots__ = ("name", "reason", "pool", "transfer_id")
+    __slots__ = ("name", "reason", "pool", "transfer_id", "endpoint")
     NAME_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     name: str
     reason: str
     pool: PoolExport
     transfer_id: str
-    def __init__(self, name: _Optional[str] = ..., reason: _Optional[str] = ..., pool: _Optional[_Union[PoolExport, _Mapping]] = ..., transfer_id: _Optional[str] = ...) -> None: ...
+    endpoint: bytes
+    def __init__(self, name: _Optional[str] = ..., reason: _Optional[str] = ..., pool: _Optional[_Union[PoolExport, _Mapping]] = ..., transfer_id: _Optional[str] = ..., endpoint: _Optional[bytes] = ...) -> None: ...
 
 class PoolExport(_message.Message):
     __slots__ = ("host_id", "pid", "fd", "num_bytes", "token")
