@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
+from controller.integrity import IntegrityReport
 from controller.plan import Deployment, ProcessPlan
 from controller.pools import ProcessEnded, StartRefused
 from controller.router_actor import RouterActor
@@ -123,6 +124,11 @@ class RayProcess:
     async def report(self) -> ProcessReport:
         report = await self._ask(self._actor.report)
         assert isinstance(report, ProcessReport)
+        return report
+
+    async def inspect(self) -> IntegrityReport:
+        report = await self._ask(self._actor.inspect)
+        assert isinstance(report, IntegrityReport)
         return report
 
     async def set_members(self, members: Members) -> None:

@@ -1,4 +1,4 @@
-"""The command line: pdserve up | down | status | generate."""
+"""The command line: pdserve up | down | status | check | generate."""
 
 import argparse
 import asyncio
@@ -20,6 +20,7 @@ examples:
   pdserve up --address auto --detach             on a running Ray cluster
   pdserve generate "Once upon a time"
   pdserve status --json
+  pdserve check
   pdserve down
 """
 _INTERRUPTED = 130
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_up(commands)
     _add_down(commands)
     _add_status(commands)
+    _add_check(commands)
     _add_generate(commands)
     return parser
 
@@ -130,6 +132,16 @@ def _add_status(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--address", help="of the Ray cluster, for a system that was started on another machine"
     )
     status.set_defaults(run=_status)
+
+
+def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    examples = "  pdserve check\n  pdserve check --json\n"
+    check = _command(commands, "check", "let every process check its books, and show who holds KV", examples)
+    check.add_argument("--json", action="store_true", help="everything, as one JSON object")
+    check.add_argument(
+        "--address", help="of the Ray cluster, for a system that was started on another machine"
+    )
+    check.set_defaults(run=_check)
 
 
 def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -218,6 +230,12 @@ def _status(options: argparse.Namespace) -> int:
     from controller.commands import show_status
 
     return asyncio.run(show_status(options.name or "default", options.address, options.json))
+
+
+def _check(options: argparse.Namespace) -> int:
+    from controller.commands import check_integrity
+
+    return asyncio.run(check_integrity(options.name or "default", options.address, options.json))
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`pdserve down`, `status`, and finding the system that a command means."""
+"""`pdserve down`, `status`, `check`, and finding the system that a command means."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ import psutil
 from controller import running
 from controller.ray_environment import prepare_ray
 from controller.status import SystemState
-from controller.terminal import say, table
+from controller.terminal import integrity_table, say, table
 from pdserve.contract.errors import NotFound, Unavailable
 
 if TYPE_CHECKING:
@@ -35,16 +35,22 @@ async def end_system(name: str, address: str | None) -> None:
 
 async def show_status(name: str, address: str | None, as_json: bool) -> int:
     """Print the status; the exit code is 0 when the system is ready. Raises NotFound."""
-    auth_mode = ""
-    if address is None:
-        system = running.require(name)
-        address, auth_mode = system.ray_address, system.ray_auth_mode
-        if not address:
-            raise Unavailable(f"{name} is just starting: its Ray is not up yet, try again in a few seconds")
-    async with _controller(name, address, auth_mode) as controller:
+    async with _running_controller(name, address) as controller:
         status = await controller.status()
     say(json.dumps(status.as_json(), indent=2) if as_json else table(status))
     return 0 if status.state is SystemState.READY else 1
+
+
+async def check_integrity(name: str, address: str | None, as_json: bool) -> int:
+    """Print what every process finds when it checks its own books; the exit code is 0 when all answered and
+    all is well. Raises NotFound."""
+    async with _running_controller(name, address) as controller:
+        answers = await controller.check_integrity()
+    if as_json:
+        say(json.dumps({"name": name, "processes": [answer.as_json() for answer in answers]}, indent=2))
+    else:
+        say(integrity_table(name, answers))
+    return 0 if all(answer.is_sound for answer in answers) else 1
 
 
 def url_of(name: str) -> str:
@@ -67,6 +73,19 @@ def _end_launcher(system: running.RunningSystem) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive)
+
+
+@contextlib.asynccontextmanager
+async def _running_controller(name: str, address: str | None) -> AsyncIterator["RemoteController"]:
+    """Of the system that runs here, or of the one on the cluster at `address`."""
+    auth_mode = ""
+    if address is None:
+        system = running.require(name)
+        address, auth_mode = system.ray_address, system.ray_auth_mode
+        if not address:
+            raise Unavailable(f"{name} is just starting: its Ray is not up yet, try again in a few seconds")
+    async with _controller(name, address, auth_mode) as controller:
+        yield controller
 
 
 @contextlib.asynccontextmanager

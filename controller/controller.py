@@ -8,6 +8,7 @@ import contextlib
 from collections import deque
 from dataclasses import replace
 
+from controller.integrity import ProcessIntegrity
 from controller.plan import Deployment
 from controller.pools import ProcessEnded, Processes, Slot
 from controller.status import ROUTER_POOL, ProcessState, ProcessStatus, SystemState, SystemStatus
@@ -61,12 +62,24 @@ class Controller:
                 await asyncio.gather(*[slot.refresh() for slot in self._slots.values()])
         return self._status()
 
+    async def check_integrity(self) -> tuple[ProcessIntegrity, ...]:
+        """Let every process check its own books; who does not answer in time has no report."""
+        return tuple(await asyncio.gather(*[self._inspect(slot) for slot in self._slots.values()]))
+
     async def shut_down(self) -> None:
         """End all processes: first the routers, then the workers."""
         self._is_stopped = True
         await cancel_and_wait(*self._keeping, *self._pushing)
         await asyncio.gather(*[slot.stop() for slot in self._routers])
         await asyncio.gather(*[slot.stop() for slot in self._workers])
+
+    @staticmethod
+    async def _inspect(slot: Slot) -> ProcessIntegrity:
+        try:
+            async with asyncio.timeout(REPORT_TIMEOUT_S):
+                return await slot.inspect()
+        except TimeoutError:
+            return ProcessIntegrity(slot.spec.id, "silent", None)
 
     @property
     def _routers(self) -> list[Slot]:

@@ -8,6 +8,7 @@ import ray
 
 from controller.actors import RayProcesses
 from controller.controller import Controller
+from controller.integrity import ProcessIntegrity
 from controller.plan import Deployment
 from controller.status import SystemStatus
 from pdserve.clock import LoopClock
@@ -30,6 +31,9 @@ class ControllerActor:
 
     async def status(self) -> SystemStatus:
         return await self._controller.status()
+
+    async def check_integrity(self) -> tuple[ProcessIntegrity, ...]:
+        return await self._controller.check_integrity()
 
     async def shut_down(self) -> None:
         await self._controller.shut_down()

@@ -6,11 +6,13 @@ pending -> starting -> ready -> lost -> pending ...
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from controller.integrity import IntegrityReport, ProcessIntegrity
 from controller.status import ProcessReport, ProcessSpec, ProcessState, ProcessStatus
 from pdserve.contract.messages import Members
 from pdserve.contract.ports import Clock
@@ -56,6 +58,10 @@ class Process(Protocol):
 
     async def report(self) -> ProcessReport:
         """Raises ProcessEnded."""
+        ...
+
+    async def inspect(self) -> IntegrityReport:
+        """What it finds when it checks its own books. Raises ProcessEnded."""
         ...
 
     async def set_members(self, members: Members) -> None:
@@ -169,6 +175,14 @@ class Slot:
                 self.last_report = await self.process.report()
             except ProcessEnded:
                 return  # `run` hears of it too
+
+    async def inspect(self) -> ProcessIntegrity:
+        """Let the process check its own books."""
+        report = None
+        if self.process is not None and self.state in (ProcessState.STARTING, ProcessState.READY):
+            with contextlib.suppress(ProcessEnded):
+                report = await self.process.inspect()
+        return ProcessIntegrity(self.spec.id, self.state.value, report)
 
     async def stop(self) -> None:
         """End the process. `run` has to be cancelled before."""

@@ -9,6 +9,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from controller.actors import NAMESPACE, controller_name, stop_leftovers
 from controller.controller_actor import ControllerActor
+from controller.integrity import ProcessIntegrity
 from controller.plan import Deployment
 from controller.start_errors import LOGS
 from controller.status import SystemStatus
@@ -67,6 +68,11 @@ class RemoteController:
         status = await self._ask("status")
         assert isinstance(status, SystemStatus)
         return status
+
+    async def check_integrity(self) -> tuple[ProcessIntegrity, ...]:
+        answers = await self._ask("check_integrity")
+        assert isinstance(answers, tuple)
+        return answers
 
     async def shut_down(self) -> None:
         """End all processes of the system, whatever state it is in."""

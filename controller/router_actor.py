@@ -10,6 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from controller.addresses import node_name
+from controller.integrity import IntegrityReport
 from controller.plan import ProcessPlan
 from controller.start_errors import start_error
 from controller.status import ProcessReport
@@ -47,6 +48,10 @@ class RouterActor:
 
     async def report(self) -> ProcessReport:
         return self._front.report() if self._front else ProcessReport(os.getpid(), node_name())
+
+    async def inspect(self) -> IntegrityReport:
+        """Whether the router's books balance."""
+        return self._front.inspect() if self._front else IntegrityReport((), ())
 
     async def set_members(self, members: Members) -> None:
         """Take over a membership; returns once every member can be used, or a newer membership has come."""

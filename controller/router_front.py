@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from controller.addresses import node_name, reachable
+from controller.integrity import IntegrityReport, inspect
 from controller.metrics_page import serve_metrics
 from controller.model_files import fetch_text_files
 from controller.plan import ProcessPlan
@@ -64,6 +65,10 @@ class RouterFront:
             model=self._plan.deployment.model.served_name,
             epoch=self._router.fleet.epoch,
         )
+
+    def inspect(self) -> IntegrityReport:
+        """Check everything in the router that owns something."""
+        return inspect(self._router.owners())
 
     async def set_members(self, members: Members) -> None:
         """Take over a membership; returns once every member can be used, or a newer membership has come."""

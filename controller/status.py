@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from pdserve.contract.messages import Member
+from pdserve.contract.messages import Member, PairTransport
 from pdserve.contract.work import BlockCounts
 
 ROUTER_POOL = "router"
@@ -61,6 +61,8 @@ class ProcessReport:
     """Routers: host:port of the gRPC API, if there is one."""
     kv_blocks: BlockCounts | None = None
     """Workers, once the engine is loaded."""
+    transports: tuple[PairTransport, ...] = ()
+    """Decode workers: how KV came from each prefill worker the last time."""
     member: Member | None = None
     """Workers, once they listen."""
     takes: str = ""
@@ -103,6 +105,7 @@ class ProcessStatus:
         else:
             counts = report.kv_blocks if report else None
             fields["kv_blocks"] = asdict(counts) if counts else None
+            fields["kv_transports"] = [asdict(pair) for pair in report.transports] if report else []
         return fields
 
 

@@ -4,8 +4,9 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from controller.integrity import ProcessIntegrity
 from controller.status import ProcessState, ProcessStatus, SystemStatus
 from pdserve.demo import RecallPrompt, recall_prompt
 
@@ -83,7 +84,33 @@ def table(status: SystemStatus) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     notes = [f"{p.id}: {p.message}" for p in status.processes if p.message]
     head = f"{status.name}: {status.state.value}, serves {status.model}"
-    return "\n".join([head, *(line.rstrip() for line in lines), *notes])
+    return "\n".join([head, *(line.rstrip() for line in lines), *_transports(status), *notes])
+
+
+def integrity_table(name: str, answers: Sequence[ProcessIntegrity]) -> str:
+    """A verdict for each process, and below it who holds KV blocks there."""
+    sound = sum(answer.is_sound for answer in answers)
+    head = f"{name}: the books of {sound} of {len(answers)} processes balance"
+    return "\n".join([head, *(line for answer in answers for line in _integrity(answer))])
+
+
+def _integrity(answer: ProcessIntegrity) -> list[str]:
+    report = answer.report
+    if report is None:
+        return [f"{answer.id}: no answer ({answer.state})"]
+    verdict = "; ".join(report.problems) or ", ".join(report.checked) or "nothing to check yet"
+    lines = [f"{answer.id}: {'WRONG: ' if report.problems else 'ok: '}{verdict}"]
+    return lines + [f"  {h.num_blocks} blocks {h.kind} for {h.owner}" for h in report.holders]
+
+
+def _transports(status: SystemStatus) -> list[str]:
+    """How KV came to each decode worker the last time, and why that way."""
+    return [
+        f"KV {pair.source} -> {process.id}: {pair.transport} ({pair.reason})"
+        for process in status.workers
+        if process.report is not None
+        for pair in process.report.transports
+    ]
 
 
 def _row(process: ProcessStatus) -> list[str]:

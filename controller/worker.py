@@ -7,15 +7,16 @@ from typing import Protocol
 
 from prometheus_client import CollectorRegistry
 
+from controller.integrity import Holder, IntegrityReport, inspect
 from decode_worker.loop import DecodeLoop, DecodeSettings
 from decode_worker.streams import SessionServer
 from pdserve.contract.block_names import ChainRoot
 from pdserve.contract.ids import Incarnation, SubmitNumber, WorkerId
-from pdserve.contract.messages import Hello, Member, Role, WorkerLoad, WorkerState
+from pdserve.contract.messages import Hello, Member, PairTransport, Role, WorkerLoad, WorkerState
 from pdserve.contract.ports import Call, Clock, Engine, EngineExecutor, Handler, Rng, Rpc, RpcServer
 from pdserve.contract.work import BlockCounts
 from pdserve.engine.block_allocator import BlockAllocator
-from pdserve.handoff.ledger import BlockLedger
+from pdserve.handoff.ledger import BlockHold, BlockLedger
 from pdserve.handoff.sending import PrefillSource, SendingSettings
 from pdserve.handoff.transports.base import LocalSide
 from pdserve.handoff.transports.negotiation import DEFAULT_ORDER, Transports
@@ -94,6 +95,11 @@ class Worker:
         self._export_gauges()
 
     @property
+    def transports_in_use(self) -> list[PairTransport]:
+        """How KV came from each prefill worker the last time."""
+        return self.loop.transports_in_use if isinstance(self.loop, DecodeLoop) else []
+
+    @property
     def address(self) -> str:
         """host:port of the worker's streams; only after `start`."""
         assert self._server is not None, "the worker has not been started"
@@ -152,6 +158,25 @@ class Worker:
         if self._running is not None and self._running.done() and not self._running.cancelled():
             self._running.result()
         self.ledger.check_integrity()
+
+    def inspect(self) -> IntegrityReport:
+        """Check everything that owns something here, and name all who hold blocks."""
+        owners = {
+            "block allocator": self._allocator.check_integrity,
+            "block ledger": self.ledger.check_integrity,
+            "prefill calls": self.calls.check_integrity,
+            "holds": self._check_holds,
+        }
+        if isinstance(self.loop, DecodeLoop):
+            owners["live requests"] = self.loop.check_integrity
+        holders = [Holder(hold.owner, _kind(hold), len(hold.block_ids)) for hold in self.ledger.holds]
+        return inspect(owners, tuple(holders))
+
+    def _check_holds(self) -> None:
+        """Raises AssertionError when a hold belongs to no living call."""
+        living = set(self.calls.holds) | set(self.loop.holds if isinstance(self.loop, DecodeLoop) else ())
+        stray = [hold.owner for hold in self.ledger.holds if hold not in living and not hold.retiring]
+        assert not stray, f"held by no living call: {', '.join(stray)}"
 
     async def _run(self, server: RpcServer) -> None:
         """The engine loop. When it fails, all streams break at once: nobody waits for a worker that will
@@ -216,3 +241,7 @@ class Worker:
         self.metrics.backlog_tokens.set_function(self._waiting_tokens)
         self.metrics.active_sequences.set_function(lambda: self.loop.running_sequences)
         self.metrics.follow_blocks(self.ledger.counts)
+
+
+def _kind(hold: BlockHold) -> str:
+    return "retiring" if hold.retiring else hold.kind.value

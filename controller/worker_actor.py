@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from controller.addresses import advertised_host, bind_host, join, node_name
+from controller.integrity import IntegrityReport
 from controller.metrics_page import serve_metrics
 from controller.plan import ProcessPlan
 from controller.room import kv_memory
@@ -66,8 +67,13 @@ class WorkerActor:
             address=self._member.address if self._member else "",
             metrics_url=self._metrics_url,
             kv_blocks=self._worker.block_counts() if self._worker else None,
+            transports=tuple(self._worker.transports_in_use) if self._worker else (),
             member=replace(self._member, state=self._worker.state) if self._member and self._worker else None,
         )
+
+    async def inspect(self) -> IntegrityReport:
+        """Whether the worker's books balance; nothing is checked before it has an engine."""
+        return self._worker.inspect() if self._worker else IntegrityReport((), ())
 
     async def ended(self) -> str:
         """Returns when the worker is over, with the reason; only after `start`."""

@@ -10,7 +10,14 @@ from decode_worker.request import DecodeRequest, Phase
 from decode_worker.room import Room
 from pdserve.contract.errors import ErrorCode, ErrorInfo, PdserveError, PrefillFailed, ProtocolViolation
 from pdserve.contract.ids import WorkerId
-from pdserve.contract.messages import Busy, FirstToken, PrefillOpen, PrefillSource, RequestTimings
+from pdserve.contract.messages import (
+    Busy,
+    FirstToken,
+    PairTransport,
+    PrefillOpen,
+    PrefillSource,
+    RequestTimings,
+)
 from pdserve.contract.ports import Clock, Rpc
 from pdserve.contract.work import ModelInfo, SampledToken
 from pdserve.handoff.receiving import FetchStats, PrefillFetch
@@ -52,6 +59,8 @@ class Arrivals:
         self._metrics = metrics
         self._wake = wake
         self._fetches: set[asyncio.Task[None]] = set()
+        self.pairs: dict[WorkerId, PairTransport] = {}
+        """Source -> the transport that it chose last."""
 
     def start(self, request: DecodeRequest, source: PrefillSource) -> None:
         """Ask `source` for the prompt's KV; `request.fetch` is the task that follows it."""
@@ -76,15 +85,26 @@ class Arrivals:
             self._metrics,
             self._info.block_size,
         )
+        outcome = ErrorCode.CANCELLED.value
         try:
             await fetch.run()
+            outcome = "verified"
         except PdserveError as error:
+            outcome = error.info.code.value
             self._failed(request, source, error.info)
         except Exception as error:  # an error of ours must end the request, not strand it
             log.exception("fetching the KV of %s from %s", request.submit.request_id, source.worker_id)
+            outcome = ErrorCode.INTERNAL.value
             self._failed(request, source, PrefillFailed(f"{type(error).__name__}: {error}").info)
         finally:
+            self._note_transfer(source.worker_id, fetch.stats, outcome)
             self._wake()  # blocks may be free now
+
+    def _note_transfer(self, source: WorkerId, stats: FetchStats, outcome: str) -> None:
+        if not stats.transport:  # it ended before its turn had come
+            return
+        self.pairs[source] = PairTransport(source, stats.transport, stats.transport_reason)
+        self._metrics.count_transfer(stats.transport, outcome)
 
     def _prefill_open(self, request: DecodeRequest, source: PrefillSource) -> PrefillOpen:
         submit = request.submit

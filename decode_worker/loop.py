@@ -19,7 +19,7 @@ from pdserve.contract.errors import (
     Unavailable,
 )
 from pdserve.contract.ids import SubmitNumber, WorkerId
-from pdserve.contract.messages import Failed, Refused, Submit, TokenEvent
+from pdserve.contract.messages import Failed, PairTransport, Refused, Submit, TokenEvent
 from pdserve.contract.ports import Clock, EngineExecutor, Rpc
 from pdserve.contract.tokens import num_tokens, pack_tokens
 from pdserve.contract.work import (
@@ -32,7 +32,7 @@ from pdserve.contract.work import (
     TokenLogprobs,
 )
 from pdserve.engine.chunking import PromptProgress, chunk_tokens_within
-from pdserve.handoff.ledger import BlockLedger
+from pdserve.handoff.ledger import BlockHold, BlockLedger
 from pdserve.handoff.prefill_job import JobState, PrefillJob
 from pdserve.handoff.sending import PrefillSource as PrefillCalls
 from pdserve.handoff.transports.negotiation import Transports
@@ -166,6 +166,23 @@ class DecodeLoop:
         """Prompt tokens that this worker itself is still to compute."""
         unfinished = (request for request in self._requests if request.phase is not Phase.DECODING)
         return sum(r.num_to_prefill - r.num_computed for r in unfinished if r.submit.prefill is None)
+
+    @property
+    def transports_in_use(self) -> list[PairTransport]:
+        """How KV came from each prefill worker the last time, by its id."""
+        return sorted(self._arrivals.pairs.values(), key=lambda pair: pair.source)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when a live request has ended or holds nothing any more."""
+        for request in self._requests:
+            name = f"{request.submit.request_id}/{request.submit.attempt}"
+            assert not request.ended, f"{name} has ended and is still in the table of live requests"
+            assert not request.hold.released, f"{name} is {request.phase} with a hold that is released"
+
+    @property
+    def holds(self) -> list[BlockHold]:
+        """Of all live requests."""
+        return [request.hold for request in self._requests]
 
     # The loop.
 

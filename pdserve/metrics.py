@@ -70,6 +70,12 @@ class WorkerMetrics:
             ["pool", "outcome"],
             registry=registry,
         )
+        self._transfers = Counter(
+            "pdserve_kv_transfers",
+            "Transfers of a prompt's KV to this worker that were begun, by transport and outcome.",
+            ["pool", "transport", "outcome"],
+            registry=registry,
+        )
         self._transfer_bytes = Counter(
             "pdserve_kv_transfer_bytes",
             "KV bytes received and verified.",
@@ -89,6 +95,10 @@ class WorkerMetrics:
             ["pool", "transport", "result"],
             registry=registry,
         )
+
+    def count_transfer(self, transport: str, outcome: str) -> None:
+        """`outcome` is ``verified`` or an error code."""
+        self._transfers.labels(self._labels["pool"], transport, outcome).inc()
 
     def observe_segment(self, transport: str, num_bytes: int, seconds: float, verified: bool) -> None:
         pool = self._labels["pool"]

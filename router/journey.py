@@ -101,6 +101,7 @@ class Journey:
         self._metrics = metrics
         self._settings = settings
         self._num_placed = 0
+        self._live: set[Progress] = set()
 
     async def generate(
         self, request_id: RequestId, request: GenerateRequest
@@ -125,19 +126,35 @@ class Journey:
         self._metrics.running_requests.inc()
         self._metrics.prompt_tokens.inc(num_tokens(request.prompt_tokens))
         now = self._clock.now()
-        return Progress(
+        progress = Progress(
             request_id=request_id,
             request=request,
             seed=self._rng.random_bits(63) if request.seed is None else request.seed,
             admitted_at=now,
             deadline_at=None if request.deadline_s is None else now + request.deadline_s,
         )
+        self._live.add(progress)
+        return progress
 
     def _leave(self, progress: Progress, outcome: str) -> None:
+        self._live.discard(progress)
         self._admission.leave(progress.num_prompt)
         self._metrics.running_requests.dec()
         self._metrics.end_to_end.observe(self._clock.now() - progress.admitted_at)
         self._metrics.count_end(outcome)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless admission and the workers' books add up to the live requests."""
+        num_tokens_inside = sum(progress.num_prompt for progress in self._live)
+        inside = (self._admission.num_requests, self._admission.num_prompt_tokens)
+        assert inside == (len(self._live), num_tokens_inside), (
+            f"admission counts {inside[0]} requests of {inside[1]} tokens, {len(self._live)} of "
+            f"{num_tokens_inside} are live"
+        )
+        num_booked = len({booking for view in self._fleet.workers.values() for booking in view.booked})
+        assert num_booked <= len(self._live), (
+            f"{num_booked} attempts of {len(self._live)} requests are booked"
+        )
 
     async def _attempts(self, progress: Progress) -> AsyncGenerator[OutputDelta, None]:
         """Place and try until the output is finished."""

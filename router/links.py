@@ -101,6 +101,11 @@ class WorkerLink:
         self._outgoing.put_nowait(make(number))
         return submission
 
+    @property
+    def num_live(self) -> int:
+        """Submissions that have neither ended nor been cancelled."""
+        return len(self._submissions)
+
     async def run(self) -> None:
         """Until cancelled."""
         retry_s = FIRST_RETRY_S
@@ -246,6 +251,13 @@ class Links:
             if worker_id not in self._links:
                 link = WorkerLink(self._router, view, self._fleet, self._rpc, self._clock)
                 self._links[worker_id] = (view, link, asyncio.create_task(link.run()))
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when a link that is down still has submissions."""
+        for worker_id, (view, link, _) in self._links.items():
+            assert view.connected or not link.num_live, (
+                f"{worker_id} is not connected and has {link.num_live} submissions"
+            )
 
     async def close(self) -> None:
         await cancel_and_wait(*(task for _, _, task in self._links.values()))

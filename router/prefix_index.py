@@ -8,6 +8,8 @@ dict at a time, and only then is the bit given to another worker.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import xor
 
 from pdserve.contract.ids import BlockHash, Incarnation
 
@@ -113,6 +115,19 @@ class PrefixIndex:
             retired.next_shard += 1
         self._free_bits += [retired.bit for retired in self._retired if retired.next_shard == _NUM_SHARDS]
         self._retired = [retired for retired in self._retired if retired.next_shard < _NUM_SHARDS]
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless the entries add up to what is counted for each worker. O(entries)."""
+        for worker, slot in self._slots.items():
+            names = [name for shard in self._shards for name, owners in shard.items() if owners & slot.bit]
+            assert len(names) == slot.num_names, (
+                f"worker {worker:016x} has {len(names)} entries, {slot.num_names} are counted"
+            )
+            assert reduce(xor, names, 0) == slot.xor_names, (
+                f"worker {worker:016x} has other names than counted"
+            )
+        alive = sum(slot.bit for slot in self._slots.values())
+        assert alive == self._alive, "a worker that is gone counts as alive"
 
     def _new_bit(self) -> int:
         self._num_bits += 1

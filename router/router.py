@@ -1,6 +1,6 @@
 """The router put together: everything behind the HTTP and gRPC edges. Implements `requests.Desk`."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
@@ -65,6 +65,14 @@ class Router:
 
     def generate(self, request_id: RequestId, request: GenerateRequest) -> AsyncGenerator[OutputDelta, None]:
         return self._journey.generate(request_id, request)
+
+    def owners(self) -> dict[str, Callable[[], None]]:
+        """Who owns something here, and how each checks itself (AssertionError when something is off)."""
+        return {
+            "prefix index": self.fleet.index.check_integrity,
+            "live requests": self._journey.check_integrity,
+            "submissions": self._links.check_integrity,
+        }
 
     async def close(self) -> None:
         """Let go of all workers; what still runs there is cancelled with the streams."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from controller.integrity import inspect
 from controller.worker import Worker, WorkerSettings
 from pdserve.clock import SeededRng, VirtualClock
 from pdserve.contract.ids import RouterId, WorkerId
@@ -139,9 +140,11 @@ class MemorySystem:
             await self.clock.sleep(0.01)
         for worker in self.workers.values():
             self._assert_nothing_held(worker)
+        assert inspect(self.router.owners()).problems == ()
 
     def _assert_nothing_held(self, worker: Worker) -> None:
         worker.check()
+        assert worker.inspect().problems == ()
         assert worker.ledger.owners() == [], f"{worker.worker_id} still holds blocks"
         counts = worker.block_counts()
         assert counts.free + counts.cached == self._num_blocks

@@ -52,6 +52,7 @@ def make_page() -> str:
 def _worker_metrics() -> Iterable[Metric]:
     """All families of a worker, each with a sample, which alone says what its labels are."""
     metrics = WorkerMetrics("decode", CollectorRegistry())
+    metrics.count_transfer("grpc", "verified")
     metrics.observe_segment("grpc", num_bytes=0, seconds=0.0, verified=True)
     metrics.follow_blocks(lambda: BlockCounts(free=0, cached=0, reserved=0, active=0))
     metrics.count_end("stop")

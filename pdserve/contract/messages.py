@@ -254,6 +254,16 @@ class TransportChoice:
 
 
 @dataclass(frozen=True, slots=True)
+class PairTransport:
+    """How KV came from a prefill worker the last time, for people; not on the wire."""
+
+    source: WorkerId
+    transport: str
+    reason: str
+    """Why this transport and none that would be faster."""
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillOpen:
     """Ask for a prompt's KV. Nothing is reserved for it yet on either side but what the decode worker
     already holds and has pinned."""

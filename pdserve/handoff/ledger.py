@@ -158,6 +158,11 @@ class BlockLedger:
             active=active,
         )
 
+    @property
+    def holds(self) -> list[BlockHold]:
+        """All that are not given back yet, in the order of their owners' names."""
+        return sorted(self._holds, key=lambda hold: hold.owner)
+
     def owners(self) -> list[str]:
         """Who holds blocks, or will give them back after a running step or copy."""
         return sorted(hold.owner for hold in self._holds)

@@ -48,6 +48,9 @@ class FetchStats:
     """What one fetch moved. Seconds and bytes."""
 
     transport: str = ""
+    """Empty before the source has chosen one."""
+    transport_reason: str = ""
+    """Why that one and none before it in the order."""
     transfer_bytes: int = 0
     transfer_s: float = 0.0
     """Sum over segments: from the Segment message to the verified copy."""
@@ -135,6 +138,7 @@ class PrefillFetch:
                     if isinstance(answer, int):
                         self._num_blocks_held = self._num_blocks_proven = answer
                         self.stats.transport = transport.name
+                        self.stats.transport_reason = transport.reason
                         self.stats.cached_tokens_at_source = cached_tokens
                         return transport
                     await stream.send(answer)

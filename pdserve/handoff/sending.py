@@ -48,7 +48,7 @@ from pdserve.contract.ports import Clock, MessageStream
 from pdserve.contract.tokens import num_tokens
 from pdserve.contract.work import LayerRange, ModelInfo
 from pdserve.handoff.digest import combine
-from pdserve.handoff.ledger import BlockLedger
+from pdserve.handoff.ledger import BlockHold, BlockLedger
 from pdserve.handoff.prefill_job import JobState, PrefillJob, Shipment
 from pdserve.handoff.transports.base import SegmentSender
 from pdserve.handoff.transports.negotiation import Transports
@@ -138,6 +138,18 @@ class PrefillSource:
         hold.grow_to(job.num_blocks)
         job.start(hold, num_cached, now)
         return job
+
+    @property
+    def holds(self) -> list[BlockHold]:
+        """Of all jobs that have reserved."""
+        return [job.hold for job in self.jobs if job.state is not JobState.QUEUED]
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when a job that has reserved holds nothing any more."""
+        for job in self.jobs:
+            name = f"{job.request.request_id}/{job.request.attempt}"
+            released = job.state is not JobState.QUEUED and job.hold.released
+            assert not released, f"the prefill of {name} is {job.state} with a hold that is released"
 
     async def serve(self, stream: MessageStream) -> None:
         """Handler of `Call.PREFILL`."""

@@ -1,5 +1,6 @@
 """A system on Ray: it answers, says how it is, and outlives its parts."""
 
+import json
 import re
 import subprocess
 import time
@@ -122,14 +123,40 @@ def test_status_tells_everything_about_every_process(ray_system: RaySystem) -> N
         assert worker["kv_blocks"]["cached"] > 0
         sizes.add(sum(worker["kv_blocks"].values()))
     assert len(sizes) == 1, "equal pools for equal kv_memory"
+    (prefill, decode) = status["workers"]
+    assert prefill["kv_transports"] == []
+    assert decode["kv_transports"] == [
+        {"source": "prefill-0", "transport": "shared_memory", "reason": "same host"}
+    ]
     assert held_blocks(status) == 0
 
 
 def test_status_as_a_table(ray_system: RaySystem) -> None:
     done = ray_system.pdserve.run("status")
     assert done.returncode == 0
-    for word in ("router-0", "prefill-0", "decode-0", "ready", "small-llama", "127.0.0.1:"):
+    for word in (
+        "router-0",
+        "prefill-0",
+        "decode-0",
+        "ready",
+        "small-llama",
+        "127.0.0.1:",
+        "prefill-0 -> decode-0",
+    ):
         assert word in done.stdout
+
+
+def test_every_process_checks_its_books(ray_system: RaySystem) -> None:
+    complete(ray_system.url, prompt_of(40, seed=3))
+    done = ray_system.pdserve.run("check")
+    assert done.returncode == 0
+    assert "the books of 3 of 3 processes balance" in done.stdout
+    content = json.loads(ray_system.pdserve.run("check", "--json").stdout)
+    assert [process["id"] for process in content["processes"]] == ["router-0", "prefill-0", "decode-0"]
+    for process in content["processes"]:
+        assert process["sound"]
+        assert process["report"]["problems"] == []
+        assert process["report"]["checked"]
 
 
 def test_every_process_serves_its_metrics(ray_system: RaySystem) -> None:

@@ -66,6 +66,7 @@ def test_transfers_and_prefix_hits() -> None:
                 assert num_bytes == num_blocks * block_bytes
                 for worker in ("prefill-0", "decode-0"):
                     assert system.metric(worker, "prefix_hit_tokens_total") == num_hits
+            assert system.metric("decode-0", "kv_transfers_total", transport="grpc", outcome="verified") == 2
             verified = {"transport": "grpc", "result": "verified"}
             num_segments = system.metric("decode-0", "kv_segments_total", **verified)
             assert num_segments == 5 + 1  # one per chunk

@@ -30,7 +30,7 @@ def overrides(*arguments: str) -> dict[str, object]:
     return cli._overrides(cli._parser().parse_args(["up", *arguments]))
 
 
-@pytest.mark.parametrize("command", [[], ["up"], ["down"], ["status"], ["generate"]])
+@pytest.mark.parametrize("command", [[], ["up"], ["down"], ["status"], ["check"], ["generate"]])
 def test_help_has_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         cli.main([*command, "--help"])
@@ -138,6 +138,7 @@ def test_json_has_every_field() -> None:
         "message": "",
         "restarts": 2,
         "kv_blocks": {"free": 5, "cached": 2, "reserved": 1, "active": 0},
+        "kv_transports": [],
     }
     assert set(pending) == set(worker)
     assert pending["pid"] is pending["kv_blocks"] is None
