@@ -4,6 +4,7 @@ import asyncio
 import threading
 
 from controller.worker import Worker
+from pdserve.contract.ports import LayersDone
 from pdserve.contract.work import StepBatch, StepResult
 
 
@@ -28,12 +29,12 @@ class HeldSteps:
         self._engine.step = self._step
         self._go.set()
 
-    def _held_step(self, batch: StepBatch) -> StepResult:
+    def _held_step(self, batch: StepBatch, layers_done: LayersDone | None = None) -> StepResult:
         """On the engine's thread."""
         if self._num_free:
             self._num_free -= 1
         else:
             self._loop.call_soon_threadsafe(self._stands.set)
             self._go.wait()
-        result: StepResult = self._step(batch)
+        result: StepResult = self._step(batch, layers_done)
         return result

@@ -105,7 +105,7 @@ class Rpc(Protocol):
 
 
 class BlockStore(Protocol):
-    """The bytes of a KV pool. Thread-safe for disjoint blocks; runs on the transfer thread."""
+    """The bytes of a KV pool. Thread-safe for disjoint blocks or layers; runs on the transfer thread."""
 
     @property
     def num_blocks(self) -> int: ...
@@ -126,6 +126,11 @@ class BlockStore(Protocol):
         ...
 
 
+LayersDone = Callable[[int], None]
+"""Told while a step runs, with growing n: the new KV of all its sequences is in the pool in layers [0, n),
+will not change any more and may be copied."""
+
+
 class Engine(Protocol):
     """A model with its KV pool. Synchronous; `step` runs on the engine's thread only."""
 
@@ -140,14 +145,18 @@ class Engine(Protocol):
         """Fitted by a short calibration at load."""
         ...
 
-    def step(self, batch: StepBatch) -> StepResult: ...
+    def step(self, batch: StepBatch, layers_done: LayersDone | None = None) -> StepResult:
+        """Run one step. `layers_done` is told of every group of layers, the last included, on this thread or
+        another, and never after `step` has returned or raised."""
+        ...
 
 
 class EngineExecutor(Protocol):
     """Runs an engine beside an event loop. Steps run one by one, in order; copies likewise, beside steps."""
 
-    async def step(self, batch: StepBatch) -> StepResult:
-        """Run one step. Even when cancelled it does not return before the step has ended."""
+    async def step(self, batch: StepBatch, layers_done: LayersDone | None = None) -> StepResult:
+        """Run one step. Even when cancelled it does not return before the step has ended. `layers_done` is
+        told on the event loop, and never after the step has ended."""
         ...
 
     async def copy(self, job: Callable[[], T]) -> T:

@@ -19,6 +19,7 @@ from pdserve.engine.attention_plan import (
     QueryTile,
 )
 from pdserve.engine.kv_pool import KvPool
+from pdserve.engine.layer_notices import LayerNotices
 from pdserve.engine.tile_attention import attend_chunk, attend_rows, attend_rows_by_head, fade, merge
 
 ATTENTION_NAME = "pdserve_paged"
@@ -34,6 +35,7 @@ class PagedAttention:
     def __init__(self, pool: KvPool) -> None:
         layout = pool.layout
         self.plan: AttentionPlan | None = None
+        self.notices = LayerNotices(layout.num_layers, pool.tensor.device)
         # One row per token: [num_blocks * num_layers * 2 * block_size, num_kv_heads * head_dim]
         self._token_rows = pool.tensor.view(-1, layout.num_kv_heads * layout.head_dim)
         # One row per block, layer and key or value: [num_blocks * num_layers * 2, elements]
@@ -56,6 +58,7 @@ class PagedAttention:
         count = len(rows)
         self._token_rows.index_copy_(0, rows, key[:count].reshape(count, -1))
         self._token_rows.index_copy_(0, rows + size, value[:count].reshape(count, -1))
+        self.notices.written(layer)
 
     def attend(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pdserve.contract.errors import ConfigError
 from pdserve.contract.messages import PROTOCOL_VERSION
+from pdserve.contract.ports import LayersDone
 from pdserve.contract.work import ModelInfo, SampledToken, SequenceStep, StepBatch, StepCost, StepResult
 from pdserve.engine.attention import ATTENTION_NAME, PagedAttention
 from pdserve.engine.attention_plan import AttentionPlan
@@ -94,12 +95,13 @@ class ModelEngine:
     def cost(self) -> StepCost:
         return self._cost
 
-    def step(self, batch: StepBatch) -> StepResult:
+    def step(self, batch: StepBatch, layers_done: LayersDone | None = None) -> StepResult:
         """Run one forward pass and sample where asked. Raises ValueError for a malformed batch."""
         started = time.perf_counter()
         wanted = [index for index, sequence in enumerate(batch.sequences) if sequence.sample is not None]
-        logits = self.logits(batch, wanted)
-        sampled = self._sample(batch.sequences, wanted, logits)
+        with self._attention.notices.given_to(layers_done):
+            logits = self.logits(batch, wanted)
+            sampled = self._sample(batch.sequences, wanted, logits)
         return StepResult(sampled, time.perf_counter() - started)
 
     @torch.inference_mode()

@@ -9,8 +9,9 @@ checks no content.
 """
 
 import hashlib
+import itertools
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ import xxhash
 
 from pdserve.contract.block_names import blocks_for
 from pdserve.contract.ids import BlockId
+from pdserve.contract.ports import LayersDone
 from pdserve.contract.sampling import SamplingParams
 from pdserve.contract.tokens import TokenBytes, num_tokens, pack_tokens, unpack_tokens
 from pdserve.contract.work import (
@@ -32,6 +34,8 @@ from pdserve.contract.work import (
     StepResult,
     TokenLogprobs,
 )
+from pdserve.engine.executor import Stage
+from pdserve.engine.layer_groups import group_stops
 
 DEFAULT_COST = StepCost(fixed_s=0.004, per_prefill_token_s=0.0001, per_decode_sequence_s=0.0002)
 
@@ -92,15 +96,28 @@ class FakeEngine:
     def cost(self) -> StepCost:
         return self._cost
 
-    def step(self, batch: StepBatch) -> StepResult:
+    def step(self, batch: StepBatch, layers_done: LayersDone | None = None) -> StepResult:
         """Write all new KV into the pool, then sample from what stands there.
 
         Raises ValueError when a sequence's blocks do not cover its tokens.
         """
-        for sequence in batch.sequences:
-            self._compute(sequence)
-        sampled = [self._sample(sequence) for sequence in batch.sequences]
-        return StepResult(sampled, _predict_s(self._cost, batch))
+        computed = [self._compute(sequence) for sequence in batch.sequences]
+        if layers_done is None:
+            self._write(batch, computed, LayerRange(0, self._num_layers))
+        else:
+            for layers in self._layer_groups():
+                self._write(batch, computed, layers)
+                layers_done(layers.stop)
+        return self._result(batch)
+
+    def stages(self, batch: StepBatch) -> Generator[Stage, None, StepResult]:
+        """The same, stopping after each group of layers; sampling takes as long as one layer."""
+        computed = [self._compute(sequence) for sequence in batch.sequences]
+        layer_s = _predict_s(self._cost, batch) / (self._num_layers + 1)
+        for layers in self._layer_groups():
+            self._write(batch, computed, layers)
+            yield Stage(layers.stop, layers.stop * layer_s)
+        return self._result(batch)
 
     def reference_output(
         self, prompt: TokenBytes, sampling: SamplingParams, seed: int, n: int | None = None
@@ -120,14 +137,25 @@ class FakeEngine:
                 break
         return output
 
-    def _compute(self, sequence: SequenceStep) -> None:
+    def _layer_groups(self) -> Iterator[LayerRange]:
+        return itertools.starmap(LayerRange, itertools.pairwise((0, *group_stops(self._num_layers))))
+
+    def _result(self, batch: StepBatch) -> StepResult:
+        sampled = [self._sample(sequence) for sequence in batch.sequences]
+        return StepResult(sampled, _predict_s(self._cost, batch))
+
+    def _compute(self, sequence: SequenceStep) -> bytes:
+        """The new KV of one sequence: lanes in order [token, layer, key/value]."""
         stop = sequence.start + sequence.num_new_tokens
         if blocks_for(stop, self._info.block_size) > len(sequence.block_ids):
             raise ValueError(f"{len(sequence.block_ids)} blocks do not cover {stop} tokens; allocate more")
         chain = _KvChain(self._num_layers, self._store.read_tokens(sequence.block_ids, sequence.start))
         tokens = unpack_tokens(sequence.tokens)
-        kv = b"".join(chain.append(token) for token in tokens)
-        self._store.write_tokens(sequence.block_ids, sequence.start, kv)
+        return b"".join(chain.append(token) for token in tokens)
+
+    def _write(self, batch: StepBatch, computed: Sequence[bytes], layers: LayerRange) -> None:
+        for sequence, kv in zip(batch.sequences, computed, strict=True):
+            self._store.write_tokens(sequence.block_ids, sequence.start, kv, layers)
 
     def _sample(self, sequence: SequenceStep) -> SampledToken | None:
         if sequence.sample is None:
@@ -212,11 +240,12 @@ class FakeBlockStore:
         rows, offsets = self._locate(block_ids, 0, count)
         return self._lanes[rows, :, :, offsets].tobytes()
 
-    def write_tokens(self, block_ids: Sequence[BlockId], start: int, kv: bytes) -> None:
-        """Put lanes in order [token, layer, key/value] at the positions from `start` on."""
+    def write_tokens(self, block_ids: Sequence[BlockId], start: int, kv: bytes, layers: LayerRange) -> None:
+        """Put those of `layers` of lanes in order [token, layer, key/value] at positions from `start` on."""
         lanes = np.frombuffer(kv, "<u8").reshape(-1, *self._lanes.shape[1:3])
         rows, offsets = self._locate(block_ids, start, start + len(lanes))
-        self._lanes[rows, :, :, offsets] = lanes
+        chosen = slice(layers.start, layers.stop)
+        self._lanes[rows, chosen, :, offsets] = lanes[:, chosen]
 
     def _locate(
         self, block_ids: Sequence[BlockId], start: int, stop: int

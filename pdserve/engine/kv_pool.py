@@ -51,7 +51,8 @@ class KvLayout:
 
 
 class KvPool:
-    """Implements `pdserve.contract.ports.BlockStore`. Threads may use it at once for disjoint blocks."""
+    """Implements `pdserve.contract.ports.BlockStore`. Threads may use it at once for disjoint blocks
+    or layers."""
 
     def __init__(self, layout: KvLayout, num_blocks: int, device: torch.device) -> None:
         self.layout = layout

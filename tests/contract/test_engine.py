@@ -22,17 +22,20 @@ NUM_BLOCKS = 64
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.set_num_threads(1)
-    return make_model("llama", tmp_path_factory.mktemp("llama"), seed=1).folder
+    return {
+        architecture: make_model(architecture, tmp_path_factory.mktemp(architecture), seed=1).folder
+        for architecture in ("llama", "phi3")
+    }
 
 
-@pytest.fixture(params=["fake", "model"])
-def make_engine(request: pytest.FixtureRequest, folder: Path) -> MakeEngine:
+@pytest.fixture(params=["fake", "llama", "phi3"], ids=["fake", "lean pass", "model's own modules"])
+def make_engine(request: pytest.FixtureRequest, folders: dict[str, Path]) -> MakeEngine:
     if request.param == "fake":
         return lambda: FakeEngine(NUM_BLOCKS)
     settings = EngineSettings(
-        str(folder),
+        str(folders[request.param]),
         dtype="float32",
         threads=1,
         block_size=4,
@@ -121,6 +124,38 @@ def test_blocks_shipped_to_another_engine_continue_there(make_engine: MakeEngine
     everything = LayerRange(0, source.info.num_layers)
     full = len(PROMPT) // source.info.block_size
     assert source.blocks.read(here[:full], everything) == target.blocks.read(there[:full], everything)
+
+
+def test_layers_are_final_when_they_are_told_of(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    table, num_layers = blocks(engine, len(PROMPT)), engine.info.num_layers
+    mate = SequenceStep(pack_tokens(range(100, 120)), 0, blocks(engine, 20, first=len(table)), sample(20))
+    step = StepBatch([mate, SequenceStep(pack_tokens(PROMPT), 0, table, sample(len(PROMPT)))])
+    seen: dict[int, bytearray] = {}
+
+    def layers_done(stop: int) -> None:
+        seen[stop] = engine.blocks.read(table, LayerRange(0, stop))
+
+    engine.blocks.write(
+        table, LayerRange(0, num_layers), memoryview(bytes(len(table) * engine.info.block_bytes))
+    )
+    told = engine.step(step, layers_done)
+    assert list(seen) == sorted(seen)
+    assert list(seen)[-1] == num_layers
+    assert len(seen) == min(4, num_layers)
+    final = {stop: engine.blocks.read(table, LayerRange(0, stop)) for stop in seen}
+    assert seen == final
+    assert told.sampled == engine.step(step).sampled  # telling changes nothing
+
+
+def test_a_step_that_is_refused_tells_nothing(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    told: list[int] = []
+    step = SequenceStep(pack_tokens(PROMPT), 0, blocks(engine, len(PROMPT))[:-1], sample(len(PROMPT)))
+    with pytest.raises(ValueError, match="block"):
+        engine.step(StepBatch([step]), told.append)
+    prefill(engine, blocks(engine, len(PROMPT)), ())  # and the next step tells nobody
+    assert told == []
 
 
 def test_known_output_is_replayed_in_one_step(make_engine: MakeEngine) -> None:

@@ -2,15 +2,15 @@
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any
 
 import pytest
 
 from pdserve.clock import LoopClock, VirtualClock, run_virtual
-from pdserve.contract.ports import BlockStore, EngineExecutor
+from pdserve.contract.ports import BlockStore, EngineExecutor, LayersDone
 from pdserve.contract.work import ModelInfo, StepBatch, StepCost, StepResult
-from pdserve.engine.executor import InlineExecutor, ThreadExecutor
+from pdserve.engine.executor import InlineExecutor, Stage, ThreadExecutor
 
 STEP_S = 0.02
 
@@ -37,10 +37,23 @@ class SlowEngine:
     def cost(self) -> StepCost:
         return StepCost(STEP_S, 0.0, 0.0)
 
-    def step(self, batch: StepBatch) -> StepResult:
+    def step(self, batch: StepBatch, layers_done: LayersDone | None = None) -> StepResult:
+        stages = self.stages(batch)
+        while True:
+            try:
+                stage = next(stages)
+            except StopIteration as end:
+                result: StepResult = end.value
+                return result
+            if layers_done is not None:
+                layers_done(stage.num_layers)
+
+    def stages(self, batch: StepBatch) -> Generator[Stage, None, StepResult]:
         self.threads.add(threading.current_thread().name)
         self.log.append("begin")
+        yield Stage(1, STEP_S / 4)
         assert self.hold.wait(10)
+        yield Stage(3, STEP_S / 2)
         if self.fail:
             raise ValueError("malformed batch")
         self.log.append("end")
@@ -85,6 +98,41 @@ def test_steps_run_one_at_a_time_and_in_order(play: Callable[[Scenario], None]) 
         assert [result.seconds for result in results] == [STEP_S] * 3
         assert engine.log == ["begin", "end"] * 3
         assert len(engine.threads) == 1
+
+    play(scenario)
+
+
+def test_layers_are_told_of_while_the_step_runs_and_never_after_it(play: Callable[[Scenario], None]) -> None:
+    async def scenario(executor: EngineExecutor, engine: SlowEngine) -> None:
+        told: list[tuple[int, str, bool]] = []
+        first = asyncio.Event()
+
+        def layers_done(num_layers: int) -> None:
+            told.append((num_layers, threading.current_thread().name, step.done()))
+            first.set()
+
+        if isinstance(executor, ThreadExecutor):
+            engine.hold.clear()
+        step = asyncio.create_task(executor.step(BATCH, layers_done))
+        await first.wait()
+        assert not step.done()
+        engine.hold.set()
+        await step
+        loop_thread = threading.current_thread().name
+        assert told == [(1, loop_thread, False), (3, loop_thread, False)]
+
+    play(scenario)
+
+
+def test_a_step_that_fails_tells_nothing_more(play: Callable[[Scenario], None]) -> None:
+    async def scenario(executor: EngineExecutor, engine: SlowEngine) -> None:
+        told: list[int] = []
+        engine.fail = True
+        with pytest.raises(ValueError, match="malformed batch"):
+            await executor.step(BATCH, told.append)
+        assert told == [1, 3]
+        await asyncio.sleep(0)
+        assert told == [1, 3]
 
     play(scenario)
 
@@ -158,6 +206,18 @@ def test_a_step_takes_its_time_on_the_virtual_clock() -> None:
         return VirtualClock().now()
 
     assert run_virtual(scene()) == pytest.approx(2 * STEP_S)
+
+
+def test_a_step_that_tells_of_its_layers_takes_the_same_time() -> None:
+    async def scene() -> list[tuple[int, float]]:
+        clock = VirtualClock()
+        told: list[tuple[int, float]] = []
+        executor = InlineExecutor(SlowEngine(), clock)
+        await executor.step(BATCH, lambda num_layers: told.append((num_layers, clock.now())))
+        return [*told, (0, clock.now())]
+
+    at_s = [(1, STEP_S / 4), (3, STEP_S / 2), (0, STEP_S)]
+    assert run_virtual(scene()) == [(num_layers, pytest.approx(seconds)) for num_layers, seconds in at_s]
 
 
 def test_copies_run_beside_steps() -> None:

@@ -7,7 +7,8 @@ import torch
 
 from pdserve.contract.errors import ConfigError
 from pdserve.contract.ids import BlockId
-from pdserve.contract.work import LayerRange
+from pdserve.contract.tokens import pack_tokens
+from pdserve.contract.work import LayerRange, SequenceStep, StepBatch
 from pdserve.engine.kv_pool import KvLayout, KvPool
 from tests.engine_runs import generate, load_engine
 from tests.reference import greedy_references, mixed_prompts
@@ -54,3 +55,18 @@ def test_determinism_is_not_promised(tmp_path: Path) -> None:
     make_model("llama", tmp_path)
     with pytest.raises(ConfigError, match="leave deterministic unset, or use the CPU"):
         load_engine(tmp_path, device="cuda", deterministic=True)
+
+
+def test_layers_are_final_when_they_are_told_of(tmp_path: Path) -> None:
+    make_model("llama", tmp_path)
+    engine = load_engine(tmp_path, dtype="float32", device="cuda")
+    tokens = pack_tokens(range(3, 203))
+    table = [BlockId(block) for block in range(-(-200 // engine.info.block_size))]
+    seen: dict[int, bytearray] = {}
+
+    def layers_done(stop: int) -> None:
+        seen[stop] = engine.blocks.read(table, LayerRange(0, stop))
+
+    engine.step(StepBatch([SequenceStep(tokens, 0, table)]), layers_done)
+    assert list(seen) == [1, 2, 3]
+    assert seen == {stop: engine.blocks.read(table, LayerRange(0, stop)) for stop in seen}

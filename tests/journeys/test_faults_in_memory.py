@@ -12,6 +12,7 @@ from controller.worker import Worker
 from pdserve.clock import run_virtual as run_virtual_to_the_end
 from pdserve.contract.errors import DeadlineExceeded
 from pdserve.contract.messages import Message
+from pdserve.contract.ports import LayersDone
 from pdserve.contract.sampling import SamplingParams
 from pdserve.contract.tokens import pack_tokens, unpack_tokens
 from pdserve.contract.work import StepBatch, StepResult
@@ -56,21 +57,14 @@ class LateExecutor(InlineExecutor):
 
     def __init__(self, engine: FakeEngine, clock: Any, delay_s: Callable[[], float]) -> None:
         super().__init__(engine, clock)
-        self._fake = engine
         self._delay_s = delay_s
-
-    async def step(self, batch: StepBatch) -> StepResult:
-        async with self._stepping:
-            return await to_its_end(self._late_step(batch))
 
     async def copy(self, job: Callable[[], T]) -> T:
         return await to_its_end(self._late_copy(job))
 
-    async def _late_step(self, batch: StepBatch) -> StepResult:
+    async def _timed_step(self, batch: StepBatch, layers_done: LayersDone | None) -> StepResult:
         await self._clock.sleep(self._delay_s())
-        result = self._fake.step(batch)
-        await self._clock.sleep(result.seconds)
-        return result
+        return await super()._timed_step(batch, layers_done)
 
     async def _late_copy(self, job: Callable[[], T]) -> T:
         await self._clock.sleep(self._delay_s())
