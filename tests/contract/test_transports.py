@@ -14,7 +14,7 @@ from pdserve.contract.messages import Message, Segment
 from pdserve.contract.ports import Call, MessageStream
 from pdserve.contract.work import LayerRange
 from pdserve.handoff.digest import digest
-from pdserve.handoff.transports.grpc_stream import MESSAGE_BYTES, cut
+from pdserve.handoff.transports.pieces import PIECE_BYTES, cut
 from tests.contract.transport_pair import WORLDS, MemoryFilePool, Pair, World, block_ids
 
 
@@ -31,7 +31,7 @@ def world(request: pytest.FixtureRequest) -> World:
         (40, 24 * 5, 3, 17),  # rows at odd lanes
         (4000, 1024, 2, 3999),
         (300, 64 * 1024, 4, 123),
-        (4, 5 * MESSAGE_BYTES // 2, 5, 3),  # a block over several messages
+        (4, 5 * PIECE_BYTES // 2, 5, 3),  # a block over several pieces
     ],
 )
 def test_every_byte_arrives(
@@ -247,7 +247,7 @@ def test_blocks_outside_the_source_pool_are_refused(rows: tuple[int, ...]) -> No
     World("shared_memory", "memory", MemoryFilePool).run(story)
 
 
-@given(st.integers(0, 50), st.integers(1, 80), st.integers(0, 79), st.integers(1, 3 * MESSAGE_BYTES // 8))
+@given(st.integers(0, 50), st.integers(1, 80), st.integers(0, 79), st.integers(1, 3 * PIECE_BYTES // 8))
 def test_pieces_cover_a_segment_in_canonical_order(
     num_blocks: int, num_layers: int, first_layer: int, layer_lanes: int
 ) -> None:
@@ -258,7 +258,7 @@ def test_pieces_cover_a_segment_in_canonical_order(
     for piece in cut(num_blocks, layers, layer_bytes):
         assert piece.first_lane == first_lane
         assert piece.num_bytes == (piece.stop - piece.start) * len(piece.layers) * layer_bytes
-        assert piece.num_bytes <= max(MESSAGE_BYTES, layer_bytes)
+        assert piece.num_bytes <= max(PIECE_BYTES, layer_bytes)
         assert piece.layers == layers or piece.stop == piece.start + 1
         first_lane += piece.num_bytes // 8
         for block in range(piece.start, piece.stop):

@@ -4,7 +4,9 @@
 - `negotiation`: which transport a pair of workers uses, and why.
 - `grpc_stream`: raw bytes over a gRPC stream. Works everywhere.
 - `shared_memory`: straight out of the source's pool, on one host.
-- `pool_bytes`: the own blocks, as both read and write them.
+- `pool_bytes`: the own blocks, as all of them read and write them.
+- `announcing`: the source's end where receivers read the source's pool by themselves.
+- `pieces`: how a segment is cut that moves in several steps.
 
 To add one: implement `base.Transport` in a file of its own, name it in `negotiation`, add a world to
 tests/contract/transport_pair.py. What the two ends must tell each other is in `TransportChoice` and

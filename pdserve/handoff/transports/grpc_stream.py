@@ -1,8 +1,8 @@
 """KV bytes over a gRPC stream of its own. Works everywhere, so it is the fallback of all transports.
 
 The decode worker opens a Kv stream to the source, says the transfer's id and End. The source answers with
-the segments' bytes in the order in which the segments are sent, cut into messages by `cut`, and with
-End. The messages carry nothing else: both ends cut a segment at the same places.
+the segments' bytes in the order in which the segments are sent, one message for each of its `pieces`,
+and with End. The messages carry nothing else: both ends cut a segment at the same places.
 
 Each segment is read and digested on the transfer thread before its Segment message leaves, so its bytes
 wait here in memory until the stream takes them. A segment is read only when no more than UNSENT_MESSAGES of
@@ -11,20 +11,17 @@ earlier ones wait. That cannot deadlock: the receiver has been told of those and
 
 import asyncio
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from pdserve.contract.errors import NotFound, ProtocolViolation, StreamBroken
 from pdserve.contract.ids import BlockId
 from pdserve.contract.messages import End, Segment, TransportChoice, TransportOffer
 from pdserve.contract.ports import Call, MessageStream
 from pdserve.contract.work import LayerRange
-from pdserve.handoff.digest import LANE_BYTES, combine, digest
+from pdserve.handoff.digest import combine, digest
 from pdserve.handoff.transports.base import Accepted, Declined, LocalSide, SegmentReceiver, TransferStats
+from pdserve.handoff.transports.pieces import Piece, cut
 from pdserve.handoff.transports.pool_bytes import PoolBytes
-
-MESSAGE_BYTES = 2 << 20
-"""Most bytes of one message, unless one layer of one block is more. Both ends must agree on it."""
 
 UNSENT_MESSAGES = 4
 """Messages of earlier segments that may wait for the stream when the next segment is read."""
@@ -92,40 +89,6 @@ class GrpcStreamTransport:
 
     def _forget(self, transfer_id: str) -> None:
         self._senders.pop(transfer_id, None)
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What one message carries of a segment: blocks [start, stop) of it, in `layers`."""
-
-    start: int
-    stop: int
-    layers: LayerRange
-    first_lane: int
-    num_bytes: int
-
-
-def cut(num_blocks: int, layers: LayerRange, layer_bytes: int) -> Iterator[Piece]:
-    """The pieces of a segment in canonical order: whole parts of blocks where one fits into a message,
-    else some layers of one block."""
-    blocks_per_piece = MESSAGE_BYTES // (len(layers) * layer_bytes)
-    if blocks_per_piece:
-        groups = [layers]
-    else:
-        blocks_per_piece = 1
-        groups = _split(layers, max(1, MESSAGE_BYTES // layer_bytes))
-    first_lane = 0
-    for start in range(0, num_blocks, blocks_per_piece):
-        stop = min(start + blocks_per_piece, num_blocks)
-        for group in groups:
-            num_bytes = (stop - start) * len(group) * layer_bytes
-            yield Piece(start, stop, group, first_lane, num_bytes)
-            first_lane += num_bytes // LANE_BYTES
-
-
-def _split(layers: LayerRange, size: int) -> list[LayerRange]:
-    starts = range(layers.start, layers.stop, size)
-    return [LayerRange(start, min(start + size, layers.stop)) for start in starts]
 
 
 class _Sender:

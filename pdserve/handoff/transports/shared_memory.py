@@ -25,7 +25,8 @@ import numpy as np
 from pdserve.contract.errors import ProtocolViolation, StreamBroken
 from pdserve.contract.ids import BlockId
 from pdserve.contract.messages import Segment, TransportChoice, TransportOffer
-from pdserve.contract.work import LayerRange, PoolExport
+from pdserve.contract.work import PoolExport
+from pdserve.handoff.transports.announcing import AnnouncingSender, check_source_blocks
 from pdserve.handoff.transports.base import Accepted, Declined, LocalSide, SegmentReceiver, TransferStats
 from pdserve.handoff.transports.pool_bytes import PoolBytes, Rows
 
@@ -60,7 +61,7 @@ class SharedMemoryTransport:
         if not _is_sealed(export.fd):
             return Declined("the pool's file is not sealed against shrinking")
         choice = TransportChoice(self.name, "same host", pool=export)
-        return Accepted(choice, _Sender(self._side, self._pool))
+        return Accepted(choice, AnnouncingSender(self._side, self._pool))
 
     async def connect(self, choice: TransportChoice, source_address: str) -> SegmentReceiver:
         if choice.pool is None:
@@ -75,36 +76,6 @@ class SharedMemoryTransport:
 
     async def close(self) -> None:
         self._mappings.close()
-
-
-class _Sender:
-    """The source's end: says where the bytes lie and what their digest is."""
-
-    def __init__(self, side: LocalSide, pool: PoolBytes) -> None:
-        self.stats = TransferStats()
-        self._side = side
-        self._pool = pool
-        self._sending = asyncio.Lock()
-        self._closed = False
-
-    async def send(
-        self, index: int, first_block: int, block_ids: Sequence[BlockId], layers: LayerRange
-    ) -> Segment:
-        started_at = self._side.clock.now()
-        rows = tuple(block_ids)
-        async with self._sending:
-            if self._closed:
-                raise StreamBroken("this transfer has ended")
-            job = functools.partial(self._pool.digest, rows, layers)
-            digest = await self._side.executor.copy(job)
-        num_bytes = len(rows) * self._side.part_bytes(layers)
-        self.stats.add(num_bytes, self._side.clock.now() - started_at)
-        return Segment(index, first_block, len(rows), layers, digest, num_bytes, source_blocks=rows)
-
-    async def close(self) -> None:
-        # A receiver that still reads the blocks digests what it got, and this call's Acks count no more.
-        async with self._sending:
-            self._closed = True
 
 
 class _Receiver:
@@ -139,12 +110,8 @@ class _Receiver:
             raise StreamBroken("this transfer has ended")
         if self._mapping.retired:
             raise StreamBroken(f"the pool of process {self._mapping.export.pid} is gone")
-        rows = self._mapping.rows
-        if len(segment.source_blocks) != segment.num_blocks or not all(
-            0 <= row < len(rows) for row in segment.source_blocks
-        ):
-            raise ProtocolViolation(f"segment {segment.index} names blocks that the source's pool has not")
-        return rows
+        check_source_blocks(segment, len(self._mapping.rows))
+        return self._mapping.rows
 
 
 class _Mapping:
