@@ -84,6 +84,7 @@ class Arrivals:
             self._clock,
             self._metrics,
             self._info.block_size,
+            self._info.num_layers,
         )
         outcome = ErrorCode.CANCELLED.value
         try:

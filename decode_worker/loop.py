@@ -251,13 +251,14 @@ class DecodeLoop:
 
     async def _step(self, plan: StepPlan) -> StepResult:
         batch = StepBatch(plan.parts)
+        ending = [job for job, stop in plan.jobs if stop == job.num_prompt]
         holds = [request.hold for request in plan.decoding]
         holds += [request.hold for request, _ in plan.prefilling]
         holds += [job.hold for job, _ in plan.jobs]
         with ExitStack() as in_use:
             for hold in holds:
                 in_use.enter_context(hold.in_use())
-            result = await self._executor.step(batch)
+            result = await self._executor.step(batch, self._calls.follow_layers(ending))
         self.num_steps += 1
         if not plan.decoding:
             self.prefill_tokens_per_s = batch.num_new_tokens / max(result.seconds, 1e-9)

@@ -91,7 +91,7 @@ class WorkerMetrics:
         )
         self._segments = Counter(
             "pdserve_kv_segments",
-            "KV segments received, by verification result.",
+            "KV segments received, by result; repeated: it was verified already, and nothing was copied.",
             ["pool", "transport", "result"],
             registry=registry,
         )
@@ -106,6 +106,9 @@ class WorkerMetrics:
         self._transfer_seconds.labels(pool, transport).observe(seconds)
         if verified:
             self._transfer_bytes.labels(pool, transport).inc(num_bytes)
+
+    def count_repeated_segment(self, transport: str) -> None:
+        self._segments.labels(self._labels["pool"], transport, "repeated").inc()
 
     def follow_blocks(self, counts: Callable[[], BlockCounts]) -> None:
         """Export the blocks by state, read at scrape time."""

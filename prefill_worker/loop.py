@@ -91,10 +91,11 @@ class PrefillLoop:
 
     async def _step(self, chunks: list[Chunk]) -> StepResult:
         batch = StepBatch([chunk.job.next_step(chunk.stop) for chunk in chunks])
+        ending = [chunk.job for chunk in chunks if chunk.stop == chunk.job.num_prompt]
         with ExitStack() as in_use:
             for chunk in chunks:
                 in_use.enter_context(chunk.job.hold.in_use())
-            result = await self._executor.step(batch)
+            result = await self._executor.step(batch, self._source.follow_layers(ending))
         self.num_steps += 1
         self.prefill_tokens_per_s = batch.num_new_tokens / max(result.seconds, 1e-9)
         self._metrics.step_seconds.observe(result.seconds)

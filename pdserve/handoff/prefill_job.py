@@ -4,12 +4,12 @@
        ^                      |
        +------put_back--------+      (the decode worker had no room: Busy)
 
-The loop moves a job forward (`start`, `advance`, `sampled`); the call's coroutine in
-`pdserve.handoff.sending` follows it by waiting for `changed`. The job ends with its call, in any state.
+The loop moves a job forward (`start`, `layers_are_done`, `advance`); the call's coroutine in
+`pdserve.handoff.sending` follows it by waiting for `changed`, and sends what the job has ready
+(`next_shipment`). The job ends with its call, in any state.
 """
 
 import asyncio
-from dataclasses import dataclass
 from enum import StrEnum
 
 from pdserve.contract.block_names import ChainRoot, blocks_for
@@ -18,6 +18,7 @@ from pdserve.contract.sampling import finish_reason
 from pdserve.contract.tokens import num_tokens, slice_tokens
 from pdserve.contract.work import SampledToken, SampleRequest, SequenceStep
 from pdserve.handoff.ledger import BlockHold
+from pdserve.handoff.shipping import Shipment, Shipping
 
 
 class JobState(StrEnum):
@@ -39,19 +40,12 @@ _LEGAL_MOVES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Shipment:
-    """Whole blocks to send now, by their index in the sequence; `index` names the segment."""
-
-    index: int
-    first_block: int
-    num_blocks: int
-
-
 class PrefillJob:
     """The state of one Prefill call at its source."""
 
-    def __init__(self, request: PrefillOpen, root: ChainRoot, block_size: int, queued_at: float) -> None:
+    def __init__(
+        self, request: PrefillOpen, root: ChainRoot, block_size: int, num_layers: int, queued_at: float
+    ) -> None:
         self.request = request
         self.root = root
         self.state = JobState.QUEUED
@@ -68,11 +62,9 @@ class PrefillJob:
         self.first_token: FirstToken | None = None
         self.ends_with_first_token = False
         self._block_size = block_size
+        self._num_layers = num_layers
         self._hold: BlockHold | None = None
-        self._num_blocks_shipped = 0
-        self._shipments: list[Shipment] = []
-        self._again: list[int] = []  # segment indexes to be sent again
-        self._unacknowledged: set[int] = set()
+        self._shipping = Shipping(self.num_blocks, num_layers)
 
     @property
     def hold(self) -> BlockHold:
@@ -103,18 +95,21 @@ class PrefillJob:
             sample=self._sample_request() if stop == self.num_prompt else None,
         )
 
+    def layers_are_done(self, num_layers: int) -> None:
+        """The step that runs computes the prompt to its end, and is through with layers [0, `num_layers`)."""
+        self._shipping.layers_are_ready(num_layers)
+        self.changed.set()
+
     def advance(
         self, stop: int, sampled: SampledToken | None, eos_token_ids: tuple[int, ...], now: float
     ) -> None:
         """The prompt is computed up to `stop`; `sampled` is the first token, with the last chunk."""
         self.num_computed = stop
         self.hold.publish(self.root, self.request.tokens, stop)
-        if stop == self.num_prompt:
-            self._move(JobState.COMPUTED)
-            self.computed_at = now
-            if sampled is not None:
-                self.first_token = FirstToken(sampled.token, sampled.logprobs)
-                self.ends_with_first_token = self._is_last(sampled.token, eos_token_ids)
+        if stop < self.num_prompt:
+            self._shipping.blocks_are_ready(stop // self._block_size)
+        else:
+            self._complete(sampled, eos_token_ids, now)
         self.changed.set()
 
     # The call's side.
@@ -123,7 +118,8 @@ class PrefillJob:
         """The decode worker has reserved all blocks from `first_missing_block` on."""
         self._move(JobState.READY)
         self.hold.activate()
-        self._num_blocks_shipped = first_missing_block
+        self._shipping.skip(first_missing_block)
+        self._shipping.blocks_are_ready(self.num_computed // self._block_size)
         self.changed.set()
 
     def put_back(self) -> None:
@@ -135,42 +131,31 @@ class PrefillJob:
 
     def acknowledge(self, index: int, ok: bool) -> None:
         """A segment was copied and verified, or must be sent again."""
-        if ok:
-            self._unacknowledged.discard(index)
-        else:
-            self._again.append(index)
+        self._shipping.acknowledge(index, ok)
         self.changed.set()
 
-    def next_shipment(self, window: int, max_blocks: int) -> Shipment | None:
-        """What to send now, at most `max_blocks`; None when nothing is ready or `window` segments are
-        unacknowledged."""
-        if self._again:
-            return self._shipments[self._again.pop(0)]
-        if len(self._unacknowledged) >= window or self.ends_with_first_token:
-            return None
-        num_ready = min(max_blocks, self._num_blocks_ready() - self._num_blocks_shipped)
-        if num_ready <= 0:
-            return None
-        shipment = Shipment(len(self._shipments), self._num_blocks_shipped, num_ready)
-        self._shipments.append(shipment)
-        self._unacknowledged.add(shipment.index)
-        self._num_blocks_shipped += num_ready
-        return shipment
+    def next_shipment(self, window: int, max_block_layers: int) -> Shipment | None:
+        """What to send now; see `Shipping.next`."""
+        return self._shipping.next(window, max_block_layers)
 
     @property
     def num_segments(self) -> int:
-        return len(self._shipments)
+        return self._shipping.num_segments
 
     @property
     def all_shipped(self) -> bool:
         """Every segment has been handed to the transport at least once, or none is needed any more."""
-        done = self.ends_with_first_token or self._num_blocks_shipped >= self.num_blocks
-        return self.state is JobState.COMPUTED and done and not self._again
+        return self.state is JobState.COMPUTED and self._shipping.is_idle
 
-    def _num_blocks_ready(self) -> int:
-        if self.num_computed == self.num_prompt:
-            return self.num_blocks
-        return self.num_computed // self._block_size
+    def _complete(self, sampled: SampledToken | None, eos_token_ids: tuple[int, ...], now: float) -> None:
+        self._move(JobState.COMPUTED)
+        self.computed_at = now
+        self._shipping.layers_are_ready(self._num_layers)
+        if sampled is not None:
+            self.first_token = FirstToken(sampled.token, sampled.logprobs)
+            self.ends_with_first_token = self._is_last(sampled.token, eos_token_ids)
+        if self.ends_with_first_token:
+            self._shipping.give_up()
 
     def _is_last(self, token: int, eos_token_ids: tuple[int, ...]) -> bool:
         request = self.request

@@ -5,8 +5,8 @@ The life of one fetch:
 1. What the decode worker already holds of the prompt is pinned by the caller; `PrefillOpen` is sent.
 2. At `Starting` the listener reserves the whole prompt, or cannot: `Reserved` or `Busy`. After `Busy` the
    source asks again later.
-3. Each `Segment` is copied into the own blocks by our own hand, digested there and acknowledged; whole
-   blocks whose predecessors are all there may enter the prefix cache at once.
+3. Each `Segment` is copied into the own blocks by our own hand, digested there and acknowledged; it may be
+   some layers only. Blocks that are whole, with all their predecessors, may enter the prefix cache at once.
 4. `FirstToken` is passed on as soon as it is read; it never waits for a copy.
 5. When `Sealed` has come and every segment is verified, nothing writes to the blocks any more and the
    listener is told: now the sequence may start.
@@ -35,8 +35,8 @@ from pdserve.contract.messages import (
 )
 from pdserve.contract.ports import Call, Clock, MessageStream, Rpc
 from pdserve.contract.tokens import num_tokens
-from pdserve.handoff.digest import combine
 from pdserve.handoff.ledger import BlockHold
+from pdserve.handoff.proof import Proof
 from pdserve.handoff.transports.base import SegmentReceiver
 from pdserve.handoff.transports.negotiation import Transports
 from pdserve.metrics import WorkerMetrics
@@ -93,6 +93,7 @@ class PrefillFetch:
         clock: Clock,
         metrics: WorkerMetrics,
         block_size: int,
+        num_layers: int,
     ) -> None:
         self._address = address
         self._request = request
@@ -104,11 +105,10 @@ class PrefillFetch:
         self._clock = clock
         self._metrics = metrics
         self._block_size = block_size
+        self._num_layers = num_layers
         self.stats = FetchStats()
         self._segments: asyncio.Queue[Segment] = asyncio.Queue()
-        self._verified: dict[int, int] = {}  # segment index -> digest
-        self._num_blocks_held = 0  # leading blocks that were here before
-        self._num_blocks_proven = 0  # leading blocks whose bytes are all here
+        self._proof = Proof(0, num_layers, 0)  # until the prompt is reserved
         self._sealed: Sealed | None = None
         self._proven = asyncio.Event()  # all of it is verified
 
@@ -117,11 +117,12 @@ class PrefillFetch:
         stream = await self._rpc.open(self._address, Call.PREFILL)
         try:
             await stream.send(self._request)
-            choice = await self._until_room(stream)
+            choice, num_held = await self._until_room(stream)
+            self._proof = Proof(len(self._hold.block_ids), self._num_layers, num_held)
             async with self._receiver(choice) as receiver:
                 # in_use: whatever happens, blocks are given back only after the receiver has stopped writing.
                 with self._hold.in_use():
-                    await stream.send(Reserved(self._num_blocks_held))
+                    await stream.send(Reserved(num_held))
                     await self._receive(stream, receiver)
                 self._listener.sealed(self.stats)
                 await stream.send(End())
@@ -129,18 +130,18 @@ class PrefillFetch:
         finally:
             stream.cancel()
 
-    async def _until_room(self, stream: MessageStream) -> TransportChoice:
-        """Until the source is about to start and the whole prompt is reserved here."""
+    async def _until_room(self, stream: MessageStream) -> tuple[TransportChoice, int]:
+        """Until the source is about to start and the whole prompt is reserved here: the transport, and how
+        many leading blocks are here already."""
         while True:
             match await stream.receive():
                 case Starting(transport, cached_tokens):
                     answer = self._listener.reserve()
                     if isinstance(answer, int):
-                        self._num_blocks_held = self._num_blocks_proven = answer
                         self.stats.transport = transport.name
                         self.stats.transport_reason = transport.reason
                         self.stats.cached_tokens_at_source = cached_tokens
-                        return transport
+                        return transport, answer
                     await stream.send(answer)
                 case End(error) if error is not None:
                     raise error_from_info(error)
@@ -195,6 +196,10 @@ class PrefillFetch:
     async def _copy_segments(self, stream: MessageStream, receiver: SegmentReceiver) -> None:
         while True:
             segment = await self._segments.get()
+            if self._proof.has(segment.index):  # said twice: the answer may have been lost
+                self._metrics.count_repeated_segment(self.stats.transport)
+                await stream.send(Ack(segment.index))
+                continue
             ok = await self._copy(segment, receiver)
             await stream.send(Ack(segment.index, ok))
             if ok:
@@ -202,10 +207,9 @@ class PrefillFetch:
                 self._conclude()
 
     async def _copy(self, segment: Segment, receiver: SegmentReceiver) -> bool:
+        self._proof.require_new(segment)
         started_at = self._clock.now()
         last = segment.first_block + segment.num_blocks
-        if segment.first_block < self._num_blocks_held or last > len(self._hold.block_ids):
-            raise ProtocolViolation(f"segment {segment.index} lies outside the reserved blocks")
         ok = await receiver.receive(segment, self._hold.block_ids[segment.first_block : last])
         seconds = self._clock.now() - started_at
         self._metrics.observe_segment(self.stats.transport, segment.num_bytes, seconds, ok)
@@ -215,14 +219,9 @@ class PrefillFetch:
         return ok
 
     def _prove(self, segment: Segment) -> None:
-        self._verified[segment.index] = segment.digest
-        if segment.first_block == self._num_blocks_proven:
-            self._num_blocks_proven += segment.num_blocks
-            self._hold.publish(
-                self._root,
-                self._request.tokens,
-                min(self._num_blocks_proven * self._block_size, self._num_tokens),
-            )
+        self._proof.add(segment)
+        num_proven_tokens = self._proof.num_proven_blocks * self._block_size
+        self._hold.publish(self._root, self._request.tokens, min(num_proven_tokens, self._num_tokens))
 
     @property
     def _num_tokens(self) -> int:
@@ -231,11 +230,11 @@ class PrefillFetch:
     def _conclude(self) -> None:
         """Note that everything is here, if it is."""
         sealed = self._sealed
-        if sealed is None or len(self._verified) != sealed.num_segments:
+        if sealed is None or self._proof.num_segments < sealed.num_segments:
             return
-        if combine(self._verified.values()) != sealed.digest:
+        if self._proof.digest != sealed.digest:
             raise TransferCorrupt("the sealed digest does not match the segments")
-        if self._num_blocks_proven < len(self._hold.block_ids) and not self._listener.over():
+        if not self._proof.is_whole and not self._listener.over():
             raise ProtocolViolation("the source sealed fewer blocks than the prompt has")
         self.stats.queue_s, self.stats.prefill_s = sealed.queue_s, sealed.prefill_s
         self._proven.set()

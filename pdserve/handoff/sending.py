@@ -6,7 +6,8 @@ The life of one call here:
 2. The engine loop of the worker takes the job when it is next in line and its blocks are reserved here;
    `Starting` asks the decode worker to reserve too. `Busy` puts the job back, `Reserved` makes it READY.
 3. The loop computes chunk by chunk. Each finished run of blocks leaves as a `Segment` while the next
-   chunk is computed; at most `window` segments are unacknowledged.
+   chunk is computed, and those of the last chunk by groups of layers while its later layers are; at most
+   `window` segments are unacknowledged.
 4. The first token leaves at once, past all segments.
 5. `Sealed` follows the last segment. The decode worker acknowledges, asks again for what arrived corrupt,
    and sends its End; ours answers it.
@@ -15,7 +16,7 @@ The life of one call here:
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pdserve.contract.block_names import ChainRoot
@@ -44,12 +45,13 @@ from pdserve.contract.messages import (
     Segment,
     Starting,
 )
-from pdserve.contract.ports import Clock, MessageStream
+from pdserve.contract.ports import Clock, LayersDone, MessageStream
 from pdserve.contract.tokens import num_tokens
-from pdserve.contract.work import LayerRange, ModelInfo
+from pdserve.contract.work import ModelInfo
 from pdserve.handoff.digest import combine
 from pdserve.handoff.ledger import BlockHold, BlockLedger
-from pdserve.handoff.prefill_job import JobState, PrefillJob, Shipment
+from pdserve.handoff.prefill_job import JobState, PrefillJob
+from pdserve.handoff.shipping import Shipment
 from pdserve.handoff.transports.base import SegmentSender
 from pdserve.handoff.transports.negotiation import Transports
 from pdserve.metrics import WorkerMetrics
@@ -91,7 +93,8 @@ class PrefillSource:
         self._metrics = metrics
         self._wake = wake
         self._settings = settings or SendingSettings()
-        self._max_segment_blocks = max(1, self._settings.max_segment_bytes // info.block_bytes)
+        # The unit of segments: one layer of one block.
+        self._max_segment_layers = self._settings.max_segment_bytes // (info.block_bytes // info.num_layers)
 
     @property
     def num_waiting_tokens(self) -> int:
@@ -139,6 +142,19 @@ class PrefillSource:
         job.start(hold, num_cached, now)
         return job
 
+    def follow_layers(self, ending: Sequence[PrefillJob]) -> LayersDone | None:
+        """What a step is to tell that computes the prompts of `ending` to their ends: so their last KV leaves
+        while later layers are computed. None when nobody need know."""
+        if not ending:
+            return None
+
+        def layers_done(num_layers: int) -> None:
+            for job in ending:
+                if job in self.jobs:  # else its call ended during the step
+                    job.layers_are_done(num_layers)
+
+        return layers_done
+
     @property
     def holds(self) -> list[BlockHold]:
         """Of all jobs that have reserved."""
@@ -158,7 +174,7 @@ class PrefillSource:
             raise ProtocolViolation(f"a Prefill stream starts with PrefillOpen, not {type(opened).__name__}")
         self._check(opened)
         root = ChainRoot(opened.fingerprint, opened.cache_salt)
-        job = PrefillJob(opened, root, self._info.block_size, self._clock.now())
+        job = PrefillJob(opened, root, self._info.block_size, self._info.num_layers, self._clock.now())
         outcome = ErrorCode.CANCELLED.value
         try:
             with self._enrolled(job):
@@ -311,7 +327,7 @@ class _PrefillCall:
     async def _ship(self, sender: SegmentSender) -> None:
         job = self._job
         while not job.all_shipped:
-            shipment = job.next_shipment(self._settings.window_segments, self._source._max_segment_blocks)
+            shipment = job.next_shipment(self._settings.window_segments, self._source._max_segment_layers)
             if shipment is None:
                 await self._change()
             else:
@@ -330,7 +346,7 @@ class _PrefillCall:
             shipment.index,
             shipment.first_block,
             self._job.hold.block_ids[shipment.first_block : last],
-            LayerRange(0, self._source._info.num_layers),
+            shipment.layers,
         )
         self._digests[shipment.index] = segment.digest
         return segment

@@ -69,7 +69,7 @@ def test_transfers_and_prefix_hits() -> None:
             assert system.metric("decode-0", "kv_transfers_total", transport="grpc", outcome="verified") == 2
             verified = {"transport": "grpc", "result": "verified"}
             num_segments = system.metric("decode-0", "kv_segments_total", **verified)
-            assert num_segments == 5 + 1  # one per chunk
+            assert num_segments == (4 + 2) + 2  # one per chunk, and of the last one per layer
             assert system.metric("decode-0", "kv_segment_seconds_count", transport="grpc") == num_segments
 
     run_virtual(story())
