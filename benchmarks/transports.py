@@ -32,10 +32,12 @@ from pdserve.engine.kv_pool import KvLayout, KvPool
 from pdserve.handoff.digest import digest
 from pdserve.handoff.transports.base import LocalSide, SegmentReceiver, SegmentSender
 from pdserve.handoff.transports.negotiation import DEFAULT_ORDER, Transports
+from pdserve.rpc.credentials import Credentials, DeploymentToken
 from pdserve.rpc.grpc_rpc import GrpcRpc
 
 # The 0.4B Llama shape in bf16: 24 layers, 2 KV heads of 64, blocks of 16 tokens.
 LAYOUT = KvLayout(num_layers=24, block_size=16, num_kv_heads=2, head_dim=64, dtype=torch.bfloat16)
+CREDENTIALS = Credentials(DeploymentToken("of both processes"))
 SEGMENT_BYTES = 8 << 20
 WINDOW_SEGMENTS = 8
 
@@ -46,7 +48,7 @@ class Worker:
     def __init__(self, num_blocks: int) -> None:
         self.pool = KvPool(LAYOUT, num_blocks, torch.device("cpu"))
         self.pool.tensor.view(torch.int16).random_()
-        self.rpc = GrpcRpc()
+        self.rpc = GrpcRpc(CREDENTIALS)
         self.executor = ThreadExecutor(FakeEngine(1))
         side = LocalSide(self.pool, LAYOUT.num_layers, self.executor, self.rpc, LoopClock(), SystemRng())
         self.by_name = {name: Transports(side, (name,)) for name in DEFAULT_ORDER}

@@ -1,10 +1,11 @@
 """What each process is told when it is created. Travels from the controller to its actor."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from controller.status import ROUTER_POOL, ProcessReport, ProcessSpec
 from pdserve.config import DeployConfig, PoolConfig, ResourcesConfig
 from pdserve.contract.messages import Role
+from pdserve.rpc.credentials import Credentials, DeploymentToken, TlsIdentity
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,9 @@ class Deployment:
 
     config: DeployConfig
     model: ModelSource
+    token: DeploymentToken = field(default_factory=DeploymentToken.draw)
+    """Drawn once: a restarted controller is created with the same deployment, and hands it to every router
+    and worker that it creates."""
 
     @property
     def is_local(self) -> bool:
@@ -46,6 +50,10 @@ class Deployment:
     def resources(self, spec: ProcessSpec) -> ResourcesConfig:
         is_router = spec.pool == ROUTER_POOL
         return self.config.router.resources if is_router else self.pool(spec.pool).resources
+
+    def credentials(self) -> Credentials:
+        """Those of a process on this node. Raises ConfigError that names the file of network.tls."""
+        return Credentials(self.token, TlsIdentity.read(self.config.network.tls))
 
     def env(self, spec: ProcessSpec) -> dict[str, str]:
         return {} if spec.pool == ROUTER_POOL else self.pool(spec.pool).env

@@ -39,7 +39,11 @@ class RouterFront:
         self._plan = plan
         self._config = plan.deployment.config.router
         self._router = Router(
-            RouterId(plan.spec.id), GrpcRpc(), LoopClock(), SystemRng(), self._router_settings()
+            RouterId(plan.spec.id),
+            GrpcRpc(plan.deployment.credentials()),
+            LoopClock(),
+            SystemRng(),
+            self._router_settings(),
         )
         self._http: HttpServer | None = None
         self._grpc: GrpcApi | None = None

@@ -107,7 +107,7 @@ class Worker:
 
     async def start(self, address: str) -> Member:
         """Serve at `address` (port 0 picks one); what the controller tells the routers."""
-        self._server = await self._rpc.serve(address, self._handlers())
+        self._server = await self._rpc.serve(address, self._handlers(), self.metrics.count_refused_call)
         self._running = asyncio.create_task(self._run(self._server))
         self.state = WorkerState.READY
         return self.member()

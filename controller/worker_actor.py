@@ -24,6 +24,8 @@ from pdserve.contract.errors import ConfigError, ErrorInfo
 from pdserve.contract.ids import WorkerId
 from pdserve.contract.messages import Member, Role
 from pdserve.logs import set_up_logging
+from pdserve.rpc.addresses import require_private
+from pdserve.rpc.credentials import Credentials
 from router.listen import bind
 
 if TYPE_CHECKING:
@@ -93,8 +95,11 @@ class WorkerActor:
 
     async def _start(self) -> ProcessReport | ErrorInfo:
         try:
+            # What is wrong with the network is said before the model is loaded.
+            credentials = self._plan.deployment.credentials()
+            await self._require_protected(credentials)
             engine = await asyncio.to_thread(self._load_engine)
-            await self._serve(engine)
+            await self._serve(engine, credentials)
         except Exception as error:  # whatever it is, the controller has to hear of it
             log.exception("cannot start")
             return start_error(error)
@@ -107,7 +112,14 @@ class WorkerActor:
 
         return ModelEngine.load(self._engine_settings(), self._tell)
 
-    async def _serve(self, engine: "ModelEngine") -> None:
+    async def _require_protected(self, credentials: Credentials) -> None:
+        """Without TLS neither where this worker listens nor where it is found may be a public address. Raises
+        UnprotectedAddress."""
+        if credentials.tls is None:
+            for host in (bind_host(self._plan.deployment), advertised_host(self._plan.deployment)):
+                await require_private(host)
+
+    async def _serve(self, engine: "ModelEngine", credentials: Credentials) -> None:
         from controller.worker import Worker
         from pdserve.engine.executor import ThreadExecutor
         from pdserve.rpc.grpc_rpc import GrpcRpc
@@ -119,7 +131,7 @@ class WorkerActor:
             Role(spec.pool),
             engine,
             ThreadExecutor(engine),
-            GrpcRpc(),
+            GrpcRpc(credentials),
             LoopClock(),
             SystemRng(),
             self._worker_settings(),

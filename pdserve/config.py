@@ -218,6 +218,30 @@ class RouterConfig(_Section):
     """What each router needs."""
 
 
+class TlsConfig(_Section):
+    """Encrypts the calls between routers and workers, and lets each check the other's certificate. Every node
+    has the files at the same paths; the content may differ from node to node. See [security](security.md)."""
+
+    certificate: str | None = None
+    """PEM file with the certificate that this node's processes show. Empty: calls are not encrypted, and
+    addresses that are not private are refused."""
+    key: str | None = None
+    """PEM file with the certificate's private key, without a password."""
+    authority: str | None = None
+    """PEM file with the certificate of whoever signed the others: an authority of this deployment alone,
+    because whoever has a certificate of it and the deployment's token may call."""
+    name: Annotated[str, Field(min_length=1)] = "pdserve"
+    """The name that the certificates carry (DNS subjectAltName)."""
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> "TlsConfig":
+        files = {"certificate": self.certificate, "key": self.key, "authority": self.authority}
+        missing = [key for key, path in files.items() if not path]
+        if missing and len(missing) < len(files):
+            raise ValueError(f"{' and '.join(missing)} must be given too: TLS needs all three files")
+        return self
+
+
 class NetworkConfig(_Section):
     """Between routers and workers."""
 
@@ -235,6 +259,7 @@ class NetworkConfig(_Section):
         "grpc",
     )
     """How KV travels, best first; a pair of workers takes the first that both can use."""
+    tls: TlsConfig = Field(default_factory=TlsConfig)
 
 
 class RayConfig(_Section):

@@ -76,6 +76,12 @@ class WorkerMetrics:
             ["pool", "transport", "outcome"],
             registry=registry,
         )
+        self._refused_calls = Counter(
+            "pdserve_refused_calls",
+            "Incoming calls refused because of what their peer is or sent, by error code.",
+            ["pool", "reason"],
+            registry=registry,
+        )
         self._transfer_bytes = Counter(
             "pdserve_kv_transfer_bytes",
             "KV bytes received and verified.",
@@ -119,6 +125,9 @@ class WorkerMetrics:
     def count_end(self, outcome: str) -> None:
         """`outcome` is a finish reason or an error code."""
         self._requests.labels(self._labels["pool"], outcome).inc()
+
+    def count_refused_call(self, reason: ErrorCode) -> None:
+        self._refused_calls.labels(self._labels["pool"], reason.value).inc()
 
     def count_prefill_call(self, outcome: str) -> None:
         """`outcome` is ``sealed`` or an error code."""

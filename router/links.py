@@ -11,7 +11,15 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from pdserve.contract.block_names import ChainRoot
-from pdserve.contract.errors import ErrorInfo, PdserveError, ProtocolViolation, WorkerLost, error_from_info
+from pdserve.contract.errors import (
+    ConfigError,
+    ErrorInfo,
+    PdserveError,
+    ProtocolViolation,
+    Unauthenticated,
+    WorkerLost,
+    error_from_info,
+)
 from pdserve.contract.ids import Incarnation, RouterId, SubmitNumber, WorkerId
 from pdserve.contract.messages import (
     Cancel,
@@ -39,6 +47,9 @@ log = logging.getLogger(__name__)
 
 FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 2.0
+
+_NEVER_HEALS = (ProtocolViolation, Unauthenticated, ConfigError)
+"""Errors that an operator must hear of, because trying again will not help."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +125,7 @@ class WorkerLink:
                 async with task_scope() as tasks:
                     tasks.create_task(self._connect(tasks))
             except PdserveError as error:
-                if self._view.connected or isinstance(error, ProtocolViolation):
+                if self._view.connected or isinstance(error, _NEVER_HEALS):
                     log.warning("%s is lost: %s", self._view.member.worker_id, error)
                     retry_s = FIRST_RETRY_S
             except Exception:  # whatever is wrong with what it said must not cost us this worker for ever

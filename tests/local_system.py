@@ -22,13 +22,21 @@ from router.http_api import create_app
 from router.http_server import HttpServer, serve_http
 from router.router import Router
 from router.text import TextModel
+from tests.credentials import OURS
 
 ROOT = Path(__file__).parent.parent
 
 
 async def start_worker(name: str, role: Role, engine: ModelEngine, settings: WorkerSettings) -> Worker:
     worker = Worker(
-        WorkerId(name), role, engine, ThreadExecutor(engine), GrpcRpc(), LoopClock(), SystemRng(), settings
+        WorkerId(name),
+        role,
+        engine,
+        ThreadExecutor(engine),
+        GrpcRpc(OURS),
+        LoopClock(),
+        SystemRng(),
+        settings,
     )
     await worker.start("127.0.0.1:0")
     return worker
@@ -44,7 +52,7 @@ class LocalSystem:
         num_decode: int = 1,
         worker_settings: WorkerSettings | None = None,
     ) -> None:
-        self.router = Router(RouterId("router-0"), GrpcRpc(), LoopClock(), SystemRng())
+        self.router = Router(RouterId("router-0"), GrpcRpc(OURS), LoopClock(), SystemRng())
         self.workers: dict[str, Worker] = {}
         self._engine = engine
         self._worker_settings = worker_settings or WorkerSettings()

@@ -57,6 +57,7 @@ def _worker_metrics() -> Iterable[Metric]:
     metrics.follow_blocks(lambda: BlockCounts(free=0, cached=0, reserved=0, active=0))
     metrics.count_end("stop")
     metrics.count_prefill_call("sealed")
+    metrics.count_refused_call(ErrorCode.UNAUTHENTICATED)
     return metrics.registry.collect()
 
 

@@ -162,6 +162,12 @@ class StreamBroken(PdserveError):
     code = ErrorCode.WORKER_LOST
 
 
+class Unauthenticated(StreamBroken):
+    """The peer belongs to another deployment, or the call did not carry this deployment's token."""
+
+    code = ErrorCode.UNAUTHENTICATED
+
+
 class ConfigError(PdserveError):
     """A configuration value stops start-up; the message names the key and the fix."""
 

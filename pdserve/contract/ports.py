@@ -17,6 +17,7 @@ from contextlib import AbstractAsyncContextManager
 from enum import StrEnum
 from typing import Protocol, TypeVar
 
+from pdserve.contract.errors import ErrorCode
 from pdserve.contract.ids import BlockId
 from pdserve.contract.messages import Message
 from pdserve.contract.work import LayerRange, ModelInfo, PoolExport, StepBatch, StepCost, StepResult
@@ -79,6 +80,10 @@ Handler = Callable[[MessageStream], Awaitable[None]]
 having sent End, the server sends End with the error (PROTOCOL if it returned silently)."""
 
 
+Refusal = Callable[[ErrorCode], None]
+"""Told of each incoming call that is refused because of what its peer is or sent."""
+
+
 class RpcServer(Protocol):
     @property
     def address(self) -> str:
@@ -94,10 +99,15 @@ class Rpc(Protocol):
     """Opens and serves streams. Keeps one connection per (address, Call), as the hand-off's rules say."""
 
     async def open(self, address: str, call: Call) -> MessageStream:
-        """Start a stream. Does not wait for the peer; a peer that is not there breaks the stream."""
+        """Start a stream. Does not wait for the peer; a peer that is not there breaks the stream. Raises
+        ConfigError for what is no address, or none that may be called."""
         ...
 
-    async def serve(self, address: str, handlers: Mapping[Call, Handler]) -> RpcServer: ...
+    async def serve(
+        self, address: str, handlers: Mapping[Call, Handler], on_refusal: Refusal | None = None
+    ) -> RpcServer:
+        """Raises ConfigError when the address cannot or may not be listened at."""
+        ...
 
     async def close(self) -> None:
         """Break all streams opened here and close all connections."""

@@ -12,6 +12,9 @@ PEER_LOST_S = KEEPALIVE_TIME_S + KEEPALIVE_TIMEOUT_S
 FAREWELL_S = 1.0
 """How long an end waits until what has already been said, also that a stream is broken, is with the peer."""
 
+HANDSHAKE_TIMEOUT_S = 10.0
+"""How long a connection may take to show that it speaks HTTP/2 (and TLS, where that is configured)."""
+
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 """gRPC's default of 4 MiB refuses prompts of a million tokens."""
 
@@ -36,6 +39,7 @@ SERVER_OPTIONS = (
     # A default server cuts the connection of a client that pings each second.
     ("grpc.http2.min_ping_interval_without_data_ms", 1000),
     ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.server_handshake_timeout_ms", _ms(HANDSHAKE_TIMEOUT_S)),
     # Two servers on one port would each get a part of the streams; the second is refused instead.
     ("grpc.so_reuseport", 0),
 )

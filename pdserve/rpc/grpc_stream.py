@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, cast
 import grpc
 import grpc.aio
 
-from pdserve.contract.errors import ProtocolViolation
+from pdserve.contract.errors import ProtocolViolation, StreamBroken, Unauthenticated
 from pdserve.contract.messages import End, Message
-from pdserve.contract.ports import Call, Handler
+from pdserve.contract.ports import Call, Handler, Refusal
 from pdserve.rpc.channel import FAREWELL_S, MAX_MESSAGE_BYTES
 from pdserve.rpc.convert import SERVICE, codec_for
 from pdserve.rpc.stream import BufferedStream, Direction, serve_stream
@@ -26,6 +26,9 @@ _WINDOW_MESSAGES = {Call.SESSION: 16, Call.WATCH: 16, Call.PREFILL: 16, Call.KV:
 # What grpc.aio raises from reads and writes of a call that is over.
 _CALL_IS_OVER = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
 
+
+Metadata = tuple[tuple[str, str], ...]
+"""What a call carries beside its messages."""
 
 _EOF = grpc.aio.EOF  # type: ignore[attr-defined]  # missing in its stubs
 
@@ -72,10 +75,10 @@ class GrpcStream(BufferedStream[Packed]):
 class ClientStream(GrpcStream):
     """The side that opened the stream. Lives until gRPC says how the call ended."""
 
-    def __init__(self, address: str, call: Call, channel: grpc.aio.Channel):
+    def __init__(self, address: str, call: Call, channel: grpc.aio.Channel, metadata: Metadata):
         super().__init__(address, call, sends=Direction.UP, receives=Direction.DOWN)
         method = channel.stream_stream(f"/{SERVICE}/{call}", _unchanged, _unchanged)
-        self._grpc_call = method()  # type: ignore[call-arg]  # its stubs demand an iterator of requests
+        self._grpc_call = method(metadata=metadata)  # type: ignore[call-arg]  # stubs demand requests
         self._carrying = asyncio.ensure_future(self._carry())
 
     def when_over(self, callback: Callable[[], None]) -> None:
@@ -92,16 +95,16 @@ class ClientStream(GrpcStream):
         self._carrying.cancel()
 
     async def _carry(self) -> None:
-        reason = "it was given up"
+        broken = StreamBroken(f"{self._call} stream to {self.peer} was given up")
         try:
             async with asyncio.TaskGroup() as pumps:
                 reading = pumps.create_task(self._read())
                 writing = pumps.create_task(self._write())
-                reason = await self._outcome(reading)
+                broken = await self._outcome(reading)
                 reading.cancel()
                 writing.cancel()
         finally:
-            self.break_off(f"{self._call} stream to {self.peer}: {reason}")
+            self.break_off(broken)
             self._grpc_call.cancel()
 
     async def _read(self) -> None:
@@ -124,24 +127,33 @@ class ClientStream(GrpcStream):
         except _CALL_IS_OVER:
             return
 
-    async def _outcome(self, reading: "asyncio.Task[None]") -> str:
+    async def _outcome(self, reading: "asyncio.Task[None]") -> StreamBroken:
         """Wait until the call is over and everything that arrived is in the inbox, and say how it ended."""
         code = await self._grpc_call.code()
-        reason = f"{code.name}, {await self._grpc_call.details()}"
-        if code is not grpc.StatusCode.OK:
-            self._outbox.break_entry(f"{self._call} stream to {self.peer}: {reason}")
+        stream = f"{self._call} stream to {self.peer}"
+        if code is grpc.StatusCode.OK:
+            await asyncio.wait([reading])
+            how = "has ended it" if self.end_arrived else "left without an End message"
+            return StreamBroken(f"{stream}: the server {how}")
+        kind = Unauthenticated if code is grpc.StatusCode.UNAUTHENTICATED else StreamBroken
+        broken = kind(f"{stream}: {code.name}, {await self._grpc_call.details()}")
+        self._outbox.break_entry(broken)
         await asyncio.wait([reading])
-        if self.end_arrived:
-            return "the server has ended it"
-        return "the server left without an End message" if code is grpc.StatusCode.OK else reason
+        return broken
 
 
 class ServerStream(GrpcStream):
     """The side that serves the stream, within the coroutine that gRPC runs for the call."""
 
-    def __init__(self, call: Call, context: "grpc.aio.ServicerContext[bytes, bytes]"):
+    def __init__(
+        self,
+        call: Call,
+        context: "grpc.aio.ServicerContext[bytes, bytes]",
+        on_refusal: Refusal | None = None,
+    ):
         super().__init__(context.peer(), call, sends=Direction.DOWN, receives=Direction.UP)
         self._context = context
+        self._on_refusal = on_refusal
 
     async def serve(self, handler: Handler) -> None:
         """Run the handler to its end. Raises asyncio.CancelledError when gRPC is to forget the call."""
@@ -162,7 +174,7 @@ class ServerStream(GrpcStream):
             reading = pumps.create_task(self._read())
             writing = pumps.create_task(self._write())
             try:
-                await serve_stream(handler, self)
+                await serve_stream(handler, self, self._on_refusal)
                 if not self.broken:
                     await asyncio.wait([writing])
             finally:
@@ -178,6 +190,8 @@ class ServerStream(GrpcStream):
             await self._fill_inbox(self._context.read)
         except ProtocolViolation as violation:
             reason = str(violation)
+            if self._on_refusal is not None:
+                self._on_refusal(violation.code)
         except _CALL_IS_OVER as error:
             reason = str(error)
         # To a grpc.aio server a killed client looks like one that has nothing more to say.

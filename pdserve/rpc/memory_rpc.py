@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 from pdserve.contract.errors import ConfigError
 from pdserve.contract.messages import Message
-from pdserve.contract.ports import Call, Handler
+from pdserve.contract.ports import Call, Handler, Refusal
 from pdserve.rpc.channel import PEER_LOST_S
 from pdserve.rpc.stream import BufferedStream, Direction, serve_stream
 from pdserve.rpc.window import Window
@@ -111,9 +111,12 @@ class MemoryRpc:
     async def open(self, address: str, call: Call) -> BufferedStream[Message]:
         return self._network.connect(self, address, call)
 
-    async def serve(self, address: str, handlers: Mapping[Call, Handler]) -> "MemoryServer":
+    async def serve(
+        self, address: str, handlers: Mapping[Call, Handler], on_refusal: Refusal | None = None
+    ) -> "MemoryServer":
         """Serve at the port of `address`; the host is always this one."""
-        return MemoryServer(self._network, self.host, int(address.rpartition(":")[2]), handlers)
+        port = int(address.rpartition(":")[2])
+        return MemoryServer(self._network, self.host, port, handlers, on_refusal)
 
     async def close(self) -> None:
         for stream in self._network.opened_by(self):
@@ -123,10 +126,18 @@ class MemoryRpc:
 class MemoryServer:
     """Serves streams of a MemoryNetwork at one address."""
 
-    def __init__(self, network: MemoryNetwork, host: str, port: int, handlers: Mapping[Call, Handler]):
+    def __init__(
+        self,
+        network: MemoryNetwork,
+        host: str,
+        port: int,
+        handlers: Mapping[Call, Handler],
+        on_refusal: Refusal | None,
+    ):
         self.host = host
         self.handlers = dict(handlers)
         self._network = network
+        self._on_refusal = on_refusal
         self._serving: dict[asyncio.Task[None], None] = {}  # in order, for reproducible runs
         self._closed = False
         self._address = network.listen(self, port)
@@ -160,7 +171,7 @@ class MemoryServer:
 
     async def _serve(self, handler: Handler, link: "_Link") -> None:
         try:
-            await serve_stream(handler, link.server)
+            await serve_stream(handler, link.server, self._on_refusal)
         finally:
             link.complete()
 

@@ -17,7 +17,7 @@ from pdserve.contract.messages import (
     WatchDown,
     WatchUp,
 )
-from pdserve.contract.ports import Call, Handler
+from pdserve.contract.ports import Call, Handler, Refusal
 from pdserve.rpc.window import Window
 
 Out = TypeVar("Out")
@@ -42,6 +42,19 @@ MESSAGE_KINDS: dict[tuple[Call, Direction], tuple[type, ...]] = {
 """What may travel where."""
 
 logger = logging.getLogger(__name__)
+
+
+REFUSALS = frozenset(
+    {
+        ErrorCode.UNAUTHENTICATED,
+        ErrorCode.PROTOCOL,
+        ErrorCode.STALE_INCARNATION,
+        ErrorCode.FINGERPRINT_MISMATCH,
+        ErrorCode.NOT_FOUND,
+        ErrorCode.INVALID_REQUEST,
+    }
+)
+"""With these errors a call is refused because of what its peer is or sent."""
 
 
 class BufferedStream(ABC, Generic[Out]):
@@ -116,13 +129,14 @@ class BufferedStream(ABC, Generic[Out]):
         self._end_arrived = self._end_arrived or isinstance(message, End)
         self._inbox.arrive(message)
 
-    def break_off(self, reason: str, *, drop: bool = False) -> None:
+    def break_off(self, reason: str | StreamBroken, *, drop: bool = False) -> None:
         """The carrier says that nothing more will come or go. What has arrived can still be received,
         unless `drop`. A handler that waits in this stream gets StreamBroken there; else it is cancelled."""
         if self.finished or self._broken:
             return
         self._broken = True
-        told = self._outbox.break_entry(reason) | self._inbox.break_exit(reason, drop=drop)
+        broken = reason if isinstance(reason, StreamBroken) else StreamBroken(reason)
+        told = self._outbox.break_entry(broken) | self._inbox.break_exit(broken, drop=drop)
         if self._handler is not None and self._handler not in told | {asyncio.current_task()}:
             self._handler.cancel()
 
@@ -150,7 +164,9 @@ class BufferedStream(ABC, Generic[Out]):
         """Let the carrier tell the other side."""
 
 
-async def serve_stream(handler: Handler, stream: BufferedStream[Out]) -> None:
+async def serve_stream(
+    handler: Handler, stream: BufferedStream[Out], on_refusal: Refusal | None = None
+) -> None:
     """Run `handler` to its end; it is told when the stream breaks, and the peer always gets an End or a
     broken stream. When cancelled, breaks the stream and still waits for the handler's own clean-up."""
     serving = asyncio.ensure_future(_run(handler, stream))
@@ -159,6 +175,9 @@ async def serve_stream(handler: Handler, stream: BufferedStream[Out]) -> None:
         await _outlast(serving, stream)
     finally:
         error = _outcome(serving, stream)
+        has_failed = not serving.cancelled() and serving.exception() is not None
+        if has_failed and error.code in REFUSALS and on_refusal is not None:
+            on_refusal(error.code)
         if not stream.broken and not stream.end_sent:
             await _say_end(stream, error)
 

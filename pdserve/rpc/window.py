@@ -22,8 +22,8 @@ class Window(Generic[T]):
         self._capacity = capacity
         self._arrived: deque[T] = deque()
         self._num_travelling = 0
-        self._entry_broken: str | None = None
-        self._exit_broken: str | None = None
+        self._entry_broken: StreamBroken | None = None
+        self._exit_broken: StreamBroken | None = None
         self._putters: Waiters = {}
         self._getters: Waiters = {}
 
@@ -37,7 +37,7 @@ class Window(Generic[T]):
         while self._entry_broken is None and len(self._arrived) + self._num_travelling >= self._capacity:
             await _wait_in(self._putters)
         if self._entry_broken is not None:
-            raise StreamBroken(self._entry_broken)
+            raise _anew(self._entry_broken)
         self._num_travelling += 1
 
     def arrive(self, message: T) -> None:
@@ -49,27 +49,32 @@ class Window(Generic[T]):
 
     async def get(self) -> T:
         """The next message. Raises StreamBroken when the exit is broken and all that arrived was got."""
-        while not self._arrived and self._exit_broken is None:
+        while not self._arrived:
+            if self._exit_broken is not None:
+                raise _anew(self._exit_broken)
             await _wait_in(self._getters)
-        if not self._arrived:
-            raise StreamBroken(self._exit_broken or "")
         _wake(self._putters)
         return self._arrived.popleft()
 
-    def break_entry(self, reason: str) -> Tasks:
-        """Every `put` fails from now on. Returns the tasks that were waiting in one."""
-        self._entry_broken = self._entry_broken or reason
+    def break_entry(self, broken: StreamBroken) -> Tasks:
+        """Every `put` raises the like of `broken` from now on. Returns the tasks that were waiting in one."""
+        self._entry_broken = self._entry_broken or broken
         _wake(self._putters)
         return set(self._putters.values())
 
-    def break_exit(self, reason: str, *, drop: bool) -> Tasks:
+    def break_exit(self, broken: StreamBroken, *, drop: bool) -> Tasks:
         """Nothing arrives any more; `drop` also forgets what has arrived. Returns the tasks that were
-        waiting in a `get` which now fails."""
-        self._exit_broken = self._exit_broken or reason
+        waiting in a `get` which now raises the like of `broken`."""
+        self._exit_broken = self._exit_broken or broken
         if drop:
             self._arrived.clear()
         _wake(self._getters)
         return set() if self._arrived else set(self._getters.values())
+
+
+def _anew(broken: StreamBroken) -> StreamBroken:
+    """For each who is told one of its own: raising adds to an exception where it came by."""
+    return type(broken)(str(broken))
 
 
 async def _wait_in(waiters: Waiters) -> None:

@@ -10,6 +10,7 @@ from pdserve.contract.ports import Rpc
 from pdserve.rpc.grpc_rpc import GrpcRpc
 from pdserve.rpc.memory_rpc import MemoryNetwork, MemoryRpc
 from tests.contract.rpc_pair import Pair, no_new_tasks
+from tests.credentials import OURS
 
 
 @pytest.fixture(params=["memory", "grpc"])
@@ -18,7 +19,7 @@ async def pair(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture)
     network = MemoryNetwork()
     makers: dict[str, Callable[[str], Rpc]] = {
         "memory": lambda host: MemoryRpc(network, host),
-        "grpc": lambda host: GrpcRpc(),
+        "grpc": lambda host: GrpcRpc(OURS),
     }
     pair = Pair(makers[request.param])
     before = asyncio.all_tasks()

@@ -12,14 +12,15 @@ from pdserve.contract.ids import Incarnation, RouterId
 from pdserve.contract.messages import End, SessionOpen, SessionReady
 from pdserve.contract.ports import Call, MessageStream
 from pdserve.rpc.grpc_rpc import GrpcRpc
+from tests.credentials import OURS
 
 
 async def main(role: str, address: str) -> None:
     if role == "serve":
-        server = await GrpcRpc().serve("127.0.0.1:0", {Call.SESSION: answer, Call.KV: take})
+        server = await GrpcRpc(OURS).serve("127.0.0.1:0", {Call.SESSION: answer, Call.KV: take})
         print(server.address, flush=True)  # noqa: T201
         await asyncio.Event().wait()
-    stream = await GrpcRpc().open(address, Call.SESSION)
+    stream = await GrpcRpc(OURS).open(address, Call.SESSION)
     await stream.send(SessionOpen(RouterId("router-0"), Incarnation(1), Incarnation(2)))
     if role == "end":
         await stream.send(End())

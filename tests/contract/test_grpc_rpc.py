@@ -19,12 +19,14 @@ from pdserve.contract.messages import End, SessionOpen, SessionReady
 from pdserve.contract.ports import Call, MessageStream
 from pdserve.rpc.channel import CHANNEL_OPTIONS
 from pdserve.rpc.convert import SERVICE, codec_for
-from pdserve.rpc.grpc_rpc import GrpcRpc
+from pdserve.rpc.grpc_rpc import TOKEN_KEY, GrpcRpc
 from pdserve.rpc.stream import Direction
 from tests.contract.rpc_pair import MIB
+from tests.credentials import OURS
 
 OPEN = SessionOpen(RouterId("router-0"), Incarnation(1), Incarnation(2))
 READY = SessionReady(Incarnation(2))
+METADATA = ((TOKEN_KEY, OURS.token.secret),)
 DEAD_WITHIN_S = 6.0
 UP = codec_for(Call.SESSION, Direction.UP)
 DOWN = codec_for(Call.SESSION, Direction.DOWN)
@@ -34,7 +36,7 @@ Peers = Callable[..., Awaitable[Process]]
 @pytest.fixture
 async def rpc(caplog: pytest.LogCaptureFixture) -> AsyncIterator[GrpcRpc]:
     """Whoever dies: no line is logged about it."""
-    rpc = GrpcRpc()
+    rpc = GrpcRpc(OURS)
     yield rpc
     await rpc.close()
     assert not [record for record in caplog.get_records("call") if record.levelno >= logging.WARNING]
@@ -89,7 +91,7 @@ async def open_at(rpc: GrpcRpc, server: Process) -> MessageStream:
 
 def raw_session(channel: Any) -> Any:
     """A call of gRPC's own, without what a ClientStream adds."""
-    return channel.stream_stream(f"/{SERVICE}/Session")()
+    return channel.stream_stream(f"/{SERVICE}/Session")(metadata=METADATA)
 
 
 # Death
@@ -144,7 +146,7 @@ async def test_a_frozen_peer_is_dead(rpc: GrpcRpc, peers: Peers) -> None:
 
     for process in (*clients, server):
         process.send_signal(signal.SIGSTOP)
-    late = GrpcRpc()
+    late = GrpcRpc(OURS)
     later = await late.open(stream.peer, Call.SESSION)
     async with asyncio.timeout(DEAD_WITHIN_S):
         assert isinstance(await receiving.outcome, StreamBroken)
@@ -212,9 +214,11 @@ async def test_further_services_can_be_registered(rpc: GrpcRpc) -> None:
     def register(server: grpc.aio.Server) -> None:
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
 
-    server = await rpc.serve("127.0.0.1:0", {}, register)
+    server = await rpc.serve("127.0.0.1:0", {}, register=register)
     async with grpc.aio.insecure_channel(server.address) as channel:
-        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        answer = await health_pb2_grpc.HealthStub(channel).Check(
+            health_pb2.HealthCheckRequest(), metadata=METADATA
+        )
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
     await server.stop(0)
 

@@ -27,6 +27,7 @@ from pdserve.handoff.transports.negotiation import Transports
 from pdserve.rpc.grpc_rpc import GrpcRpc
 from pdserve.rpc.memory_rpc import MemoryNetwork, MemoryRpc
 from tests.contract.rpc_pair import no_new_tasks
+from tests.credentials import OURS
 
 POOL_FILE = "transport-test-pool"
 
@@ -180,7 +181,7 @@ class World:
 
     def make_rpc(self, host: str) -> Rpc:
         if self.rpc_name == "grpc":
-            return GrpcRpc()
+            return GrpcRpc(OURS)
         return MemoryRpc(self.network, host)
 
     def make_executor(self) -> EngineExecutor:

@@ -22,6 +22,7 @@ from pdserve.engine.settings import EngineSettings
 from pdserve.rpc.grpc_rpc import GrpcRpc
 from router.requests import GenerateRequest
 from router.router import Router
+from tests.credentials import OURS
 from tests.local_system import WorkerProcess
 from tests.reference import greedy_references
 from tests.small_models import SmallModel, make_model
@@ -53,7 +54,7 @@ class Processes:
         self.engine = EngineSettings(
             str(folder), dtype="float32", threads=1, kv_memory_bytes=8 << 20, chunk_tokens=32
         )
-        self.router = Router(RouterId("router-0"), GrpcRpc(), LoopClock(), SystemRng())
+        self.router = Router(RouterId("router-0"), GrpcRpc(OURS), LoopClock(), SystemRng())
         self.workers: dict[str, WorkerProcess] = {}
         self._epoch = 0
 
@@ -198,7 +199,7 @@ async def test_a_frozen_decode_worker_counts_as_dead_and_its_late_messages_chang
 async def test_a_router_that_goes_away_leaves_nothing_at_the_workers(processes: Processes) -> None:
     await processes.hold(20, *DECODE)
     before = [await ended_by_their_router(processes, name) for name in DECODE]
-    router = Router(RouterId("router-1"), GrpcRpc(), LoopClock(), SystemRng())
+    router = Router(RouterId("router-1"), GrpcRpc(OURS), LoopClock(), SystemRng())
     router.set_members(processes.members())
     await until_usable(router)
     stream = tokens(router)

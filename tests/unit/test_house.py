@@ -1,5 +1,6 @@
 """The house: which folders there are, who may import whom, and what pure and light modules reach."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -25,6 +26,14 @@ PURE_MODULES = (
     "prefill_worker.scheduler",
     "decode_worker.scheduler",
 )
+UNPICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "multiprocessing"}
+"""Modules that turn bytes into objects of any kind."""
+UNPICKLING_CALLS = {
+    *("torch.load", "torch.package", "torch.multiprocessing", "numpy.load", "np.load"),
+    *("yaml.load", "yaml.unsafe_load", "yaml.full_load", "eval", "exec"),
+}
+UNPICKLING_COLLECTIVES = re.compile(r"\.(\w+_object(_list)?|rpc_sync|rpc_async)$")
+"""torch.distributed's collectives of objects."""
 ROUTER_EDGES = ("router.router", "router.http_api", "router.http_server", "router.grpc_api", "router.text")
 NO_NAMES_OF_THE_DOMAIN = {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
 
@@ -78,6 +87,24 @@ def test_every_room_tells_the_life_of_a_request_in_numbered_steps() -> None:
 def test_files_are_nouns_of_the_domain() -> None:
     files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     assert not [path for path in files if path.stem in NO_NAMES_OF_THE_DOMAIN]
+
+
+def names_used(source: Path) -> set[str]:
+    """The modules that a file imports, and the dotted names that it calls."""
+    tree = ast.parse(source.read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    return imported | called
+
+
+def test_nothing_unpickles() -> None:
+    """What arrives at a port of our own becomes messages and bytes, never code. Ray's ports are Ray's."""
+    for source in [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]:
+        used = names_used(source)
+        assert not {name.split(".")[0] for name in used} & UNPICKLERS, source
+        assert not used & UNPICKLING_CALLS, source
+        assert not [name for name in used if UNPICKLING_COLLECTIVES.search(name)], source
 
 
 def test_pure_modules_reach_no_loop_no_wire_and_no_device() -> None:
