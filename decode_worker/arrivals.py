@@ -183,4 +183,6 @@ def _timings(request: DecodeRequest, stats: FetchStats) -> RequestTimings:
         transfer_s=stats.transfer_s,
         transfer_bytes=stats.transfer_bytes,
         transport=stats.transport,
+        transfer_hidden_s=stats.transfer_hidden_s,
+        transfer_exposed_s=stats.transfer_exposed_s,
     )

@@ -55,6 +55,7 @@ async def ask(router: Router, text: TextModel) -> None:
         answer += delta.tokens
         if delta.finish is not None and delta.timings is not None:
             print(f"KV that travelled: {delta.timings.transfer_bytes} bytes by {delta.timings.transport}")
+            print(f"of that transfer the second token waited {delta.timings.transfer_exposed_s * 1e3:.1f} ms")
     print(f"asked:    {recall.question}")
     print(f"answered: {text.decode(answer)}")
     print(f"expected: {recall.answer}")

@@ -17,6 +17,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series pe
 _LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 5)
 _TRANSFER_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_SHARES = (0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 1)
 
 
 class WorkerMetrics:
@@ -95,6 +96,27 @@ class WorkerMetrics:
             buckets=_TRANSFER_S,
             registry=registry,
         )
+        self._hidden_seconds = Histogram(
+            "pdserve_kv_transfer_hidden_seconds",
+            "Of a prompt's KV transfer, the time before the prompt's last forward pass had ended.",
+            ["pool", "transport"],
+            buckets=_TRANSFER_S,
+            registry=registry,
+        )
+        self._exposed_seconds = Histogram(
+            "pdserve_kv_transfer_exposed_seconds",
+            "From the end of a prompt's last forward pass until all its KV was verified here.",
+            ["pool", "transport"],
+            buckets=_TRANSFER_S,
+            registry=registry,
+        )
+        self._share_ahead = Histogram(
+            "pdserve_kv_transfer_ahead_ratio",
+            "Share of a prompt's KV bytes that were verified here when its last forward pass ended.",
+            ["pool", "transport"],
+            buckets=_SHARES,
+            registry=registry,
+        )
         self._segments = Counter(
             "pdserve_kv_segments",
             "KV segments received, by result; repeated: it was verified already, and nothing was copied.",
@@ -112,6 +134,13 @@ class WorkerMetrics:
         self._transfer_seconds.labels(pool, transport).observe(seconds)
         if verified:
             self._transfer_bytes.labels(pool, transport).inc(num_bytes)
+
+    def observe_overlap(self, transport: str, hidden_s: float, exposed_s: float, share_ahead: float) -> None:
+        """How one prompt's transfer lay beside its computation; see `pdserve.handoff.transfer_times`."""
+        pool = self._labels["pool"]
+        self._hidden_seconds.labels(pool, transport).observe(hidden_s)
+        self._exposed_seconds.labels(pool, transport).observe(exposed_s)
+        self._share_ahead.labels(pool, transport).observe(share_ahead)
 
     def count_repeated_segment(self, transport: str) -> None:
         self._segments.labels(self._labels["pool"], transport, "repeated").inc()
@@ -166,6 +195,12 @@ class RouterMetrics:
         self.time_to_first_token = Histogram(
             "pdserve_time_to_first_token_seconds",
             "From admission to the arrival of the first output token at the router.",
+            buckets=_LATENCY_S,
+            registry=registry,
+        )
+        self.time_to_second_token = Histogram(
+            "pdserve_time_to_second_token_seconds",
+            "From admission to the arrival of the second output token, the first that waits for the KV.",
             buckets=_LATENCY_S,
             registry=registry,
         )

@@ -25,7 +25,7 @@ from pdserve.contract.errors import (
     error_from_info,
 )
 from pdserve.contract.ids import BlockHash, RequestId, SubmitNumber, WorkerId
-from pdserve.contract.messages import PrefillSource, Role, Submit
+from pdserve.contract.messages import PrefillSource, RequestTimings, Role, Submit
 from pdserve.contract.ports import Clock, Rng
 from pdserve.contract.tokens import BYTES_PER_TOKEN, num_tokens
 from pdserve.contract.work import ModelInfo
@@ -64,6 +64,8 @@ class Progress:
     attempt: int = 0
     fruitless_attempts: int = 0
     last_token_at: float | None = None
+    second_token_s: float | None = None  # from admission
+    timings: RequestTimings | None = None  # of the last attempt that told any
 
     @property
     def num_prompt(self) -> int:
@@ -142,6 +144,13 @@ class Journey:
         self._metrics.running_requests.dec()
         self._metrics.end_to_end.observe(self._clock.now() - progress.admitted_at)
         self._metrics.count_end(outcome)
+        log.debug(
+            "%s ended (%s): second token after %s s, %s",
+            progress.request_id,
+            outcome,
+            progress.second_token_s,
+            progress.timings,
+        )
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless admission and the workers' books add up to the live requests."""
@@ -299,7 +308,11 @@ class Journey:
             self._metrics.time_to_first_token.observe(tokens.arrived_at - progress.admitted_at)
         else:
             self._metrics.observe_inter_token(tokens.arrived_at - progress.last_token_at, num)
+        if num_tokens(progress.output) < 2 <= num_tokens(progress.output) + num:
+            progress.second_token_s = tokens.arrived_at - progress.admitted_at
+            self._metrics.time_to_second_token.observe(progress.second_token_s)
         progress.last_token_at = tokens.arrived_at
+        progress.timings = tokens.timings or progress.timings
         self._metrics.output_tokens.inc(num)
 
     def _counted_as_waiting(self, progress: Progress) -> "_Waiting":

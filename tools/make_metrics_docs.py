@@ -54,6 +54,7 @@ def _worker_metrics() -> Iterable[Metric]:
     metrics = WorkerMetrics("decode", CollectorRegistry())
     metrics.count_transfer("grpc", "verified")
     metrics.observe_segment("grpc", num_bytes=0, seconds=0.0, verified=True)
+    metrics.observe_overlap("grpc", hidden_s=0.0, exposed_s=0.0, share_ahead=0.0)
     metrics.follow_blocks(lambda: BlockCounts(free=0, cached=0, reserved=0, active=0))
     metrics.count_end("stop")
     metrics.count_prefill_call("sealed")

@@ -129,8 +129,13 @@ class RequestTimings:
     queue_s: float = 0.0
     prefill_s: float = 0.0
     transfer_s: float = 0.0
+    """Sum over segments: from taking the announcement to the verified copy."""
     transfer_bytes: int = 0
     transport: str = ""
+    transfer_hidden_s: float = 0.0
+    """Of `transfer_s`, what passed before the prompt's last forward pass had ended."""
+    transfer_exposed_s: float = 0.0
+    """From the end of that pass until everything was verified: what the second token waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,6 +358,8 @@ class Sealed:
     """Sum modulo 2**64 of all segments' digests."""
     queue_s: float = 0.0
     prefill_s: float = 0.0
+    since_computed_s: float = 0.0
+    """How long ago, when this was sent, the prompt's last forward pass had ended."""
 
 
 PrefillUp = PrefillOpen | Reserved | Busy | Ack | End

@@ -37,6 +37,7 @@ from pdserve.contract.ports import Call, Clock, MessageStream, Rpc
 from pdserve.contract.tokens import num_tokens
 from pdserve.handoff.ledger import BlockHold
 from pdserve.handoff.proof import Proof
+from pdserve.handoff.transfer_times import TransferTimes
 from pdserve.handoff.transports.base import SegmentReceiver
 from pdserve.handoff.transports.negotiation import Transports
 from pdserve.metrics import WorkerMetrics
@@ -53,7 +54,10 @@ class FetchStats:
     """Why that one and none before it in the order."""
     transfer_bytes: int = 0
     transfer_s: float = 0.0
-    """Sum over segments: from the Segment message to the verified copy."""
+    """Sum over segments: from taking the announcement to the verified copy."""
+    transfer_hidden_s: float = 0.0
+    transfer_exposed_s: float = 0.0
+    """See `Overlap`; known when everything is verified."""
     queue_s: float = 0.0
     prefill_s: float = 0.0
     cached_tokens_at_source: int = 0
@@ -109,7 +113,9 @@ class PrefillFetch:
         self.stats = FetchStats()
         self._segments: asyncio.Queue[Segment] = asyncio.Queue()
         self._proof = Proof(0, num_layers, 0)  # until the prompt is reserved
+        self._times = TransferTimes()
         self._sealed: Sealed | None = None
+        self._computed_at = 0.0  # the prompt's last forward pass ended, known once Sealed has come
         self._proven = asyncio.Event()  # all of it is verified
 
     async def run(self) -> None:
@@ -175,6 +181,7 @@ class PrefillFetch:
                     self._listener.first_token(first, self.stats)
                 case Sealed() as sealed:
                     self._sealed = sealed
+                    self._computed_at = self._clock.now() - sealed.since_computed_s
                     self._conclude()
                 case End(error) if error is not None:
                     raise error_from_info(error)
@@ -211,11 +218,13 @@ class PrefillFetch:
         started_at = self._clock.now()
         last = segment.first_block + segment.num_blocks
         ok = await receiver.receive(segment, self._hold.block_ids[segment.first_block : last])
-        seconds = self._clock.now() - started_at
+        ended_at = self._clock.now()
+        seconds = ended_at - started_at
         self._metrics.observe_segment(self.stats.transport, segment.num_bytes, seconds, ok)
         if ok:
             self.stats.transfer_bytes += segment.num_bytes
             self.stats.transfer_s += seconds
+            self._times.add(started_at, ended_at, segment.num_bytes)
         return ok
 
     def _prove(self, segment: Segment) -> None:
@@ -237,4 +246,14 @@ class PrefillFetch:
         if not self._proof.is_whole and not self._listener.over():
             raise ProtocolViolation("the source sealed fewer blocks than the prompt has")
         self.stats.queue_s, self.stats.prefill_s = sealed.queue_s, sealed.prefill_s
+        self._note_overlap()
         self._proven.set()
+
+    def _note_overlap(self) -> None:
+        overlap = self._times.overlap(self._computed_at, self._clock.now())
+        if overlap is not None:
+            self.stats.transfer_hidden_s = overlap.hidden_s
+            self.stats.transfer_exposed_s = overlap.exposed_s
+            self._metrics.observe_overlap(
+                self.stats.transport, overlap.hidden_s, overlap.exposed_s, overlap.share_ahead
+            )

@@ -363,6 +363,7 @@ class _PrefillCall:
             digest=combine(self._digests.values()),
             queue_s=job.started_at - job.queued_at,
             prefill_s=job.computed_at - job.started_at,
+            since_computed_s=self._source._clock.now() - job.computed_at,
         )
 
     async def _send(self, message: PrefillDown) -> None:

@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 
+from pdserve.contract.ids import RequestId
 from pdserve.contract.messages import Message, Segment
 from pdserve.contract.ports import Call
+from pdserve.contract.tokens import pack_tokens
 from pdserve.contract.work import StepBatch, StepResult
 from pdserve.engine.executor import Stage
+from pdserve.rpc.memory_rpc import MemoryNetwork
+from router.requests import GenerateRequest
 from tests.journeys.test_faults_in_memory import prompt_of, run_virtual, until
 from tests.journeys.test_metrics import BLOCK, CHUNK, steady_system
 from tests.memory_system import MemorySystem, greedy
@@ -33,6 +37,32 @@ def test_layers_arrive_before_their_step_has_ended() -> None:
             assert prefill.loop.num_steps == NUM_WHOLE_CHUNKS  # it samples
             assert decode.loop.running_sequences == 0  # not before it is sealed
             assert await task == system.expected(PROMPT, greedy(5))
+            await system.at_rest()
+
+    run_virtual(story())
+
+
+@pytest.mark.parametrize("latency_s", [0.0, 0.01])
+def test_only_what_comes_after_the_last_pass_is_exposed(latency_s: float) -> None:
+    """A segment takes one latency to be announced; its bytes take the same time beside that. So of a step of
+    50 ms whose two layers are done after a third and two thirds, both are there in time."""
+
+    async def story() -> None:
+        async with steady_system(network=MemoryNetwork(lambda *_: latency_s)) as system:
+            request = GenerateRequest(pack_tokens(PROMPT), greedy(5), seed=7)
+            deltas = [delta async for delta in system.router.generate(RequestId("r"), request)]
+            timings = deltas[-1].timings
+            assert timings is not None
+            # Sealed itself takes a latency, and after that nothing is left to do.
+            assert timings.transfer_exposed_s == pytest.approx(0.0)
+            labels = {"transport": "grpc"}
+            assert system.metric("decode-0", "kv_transfer_ahead_ratio_count", **labels) == 1
+            assert system.metric("decode-0", "kv_transfer_ahead_ratio_sum", **labels) == 1
+            exposed_s = system.metric("decode-0", "kv_transfer_exposed_seconds_sum", **labels)
+            assert exposed_s == pytest.approx(timings.transfer_exposed_s)
+            hidden_s = system.metric("decode-0", "kv_transfer_hidden_seconds_sum", **labels)
+            assert hidden_s == pytest.approx(timings.transfer_hidden_s)
+            assert timings.transfer_hidden_s == pytest.approx(timings.transfer_s)
             await system.at_rest()
 
     run_virtual(story())

@@ -12,6 +12,7 @@ from pdserve.contract.messages import Members, Role
 from pdserve.contract.tokens import pack_tokens
 from pdserve.contract.work import StepCost
 from pdserve.handoff.prefill_job import JobState
+from pdserve.rpc.memory_rpc import MemoryNetwork
 from router.requests import GenerateRequest
 from tests.journeys.test_faults_in_memory import prompt_of, run_virtual, until
 from tests.memory_system import MemorySystem, greedy
@@ -21,10 +22,12 @@ STEP_S = 0.05
 
 
 @asynccontextmanager
-async def steady_system(num_prefill: int = 1, num_decode: int = 1) -> AsyncIterator[MemorySystem]:
-    """Every step takes STEP_S, whatever is in it, and messages take no time."""
+async def steady_system(
+    num_prefill: int = 1, num_decode: int = 1, network: MemoryNetwork | None = None
+) -> AsyncIterator[MemorySystem]:
+    """Every step takes STEP_S, whatever is in it, and messages take no time but what `network` says."""
     cost = StepCost(STEP_S, per_prefill_token_s=0.0, per_decode_sequence_s=0.0)
-    async with MemorySystem(num_prefill, num_decode, num_blocks=200, cost=cost) as system:
+    async with MemorySystem(num_prefill, num_decode, num_blocks=200, network=network, cost=cost) as system:
         yield system
 
 
@@ -49,6 +52,8 @@ def test_tokens_blocks_and_times_of_a_split_request() -> None:
             # 5 chunks until the first token; then a step for each of the 8 others
             assert system.router_metric("time_to_first_token_seconds_count") == 1
             assert system.router_metric("time_to_first_token_seconds_sum") == pytest.approx(5 * STEP_S)
+            assert system.router_metric("time_to_second_token_seconds_count") == 1
+            assert system.router_metric("time_to_second_token_seconds_sum") == pytest.approx(6 * STEP_S)
             assert system.router_metric("inter_token_seconds_count") == 8
             assert system.router_metric("inter_token_seconds_sum") == pytest.approx(8 * STEP_S)
 

@@ -164,13 +164,15 @@ class FirstToken(_message.Message):
     def __init__(self, token: _Optional[int] = ..., logprobs: _Optional[_Union[_common_pb2.TokenLogprobs, _Mapping]] = ...) -> None: ...
 
 class Sealed(_message.Message):
-    __slots__ = ("num_segments", "digest", "queue_s", "prefill_s")
+    __slots__ = ("num_segments", "digest", "queue_s", "prefill_s", "since_computed_s")
     NUM_SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
+    SINCE_COMPUTED_S_FIELD_NUMBER: _ClassVar[int]
     num_segments: int
     digest: int
     queue_s: float
     prefill_s: float
-    def __init__(self, num_segments: _Optional[int] = ..., digest: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ...) -> None: ...
+    since_computed_s: float
+    def __init__(self, num_segments: _Optional[int] = ..., digest: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., since_computed_s: _Optional[float] = ...) -> None: ...

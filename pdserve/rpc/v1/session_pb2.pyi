@@ -146,7 +146,7 @@ class SubmissionTimings(_message.Message):
     def __init__(self, number: _Optional[int] = ..., timings: _Optional[_Union[RequestTimings, _Mapping]] = ...) -> None: ...
 
 class RequestTimings(_message.Message):
-    __slots__ = ("cached_prompt_tokens_prefill", "cached_prompt_tokens_decode", "queue_s", "prefill_s", "transfer_s", "transfer_bytes", "transport")
+    __slots__ = ("cached_prompt_tokens_prefill", "cached_prompt_tokens_decode", "queue_s", "prefill_s", "transfer_s", "transfer_bytes", "transport", "transfer_hidden_s", "transfer_exposed_s")
     CACHED_PROMPT_TOKENS_PREFILL_FIELD_NUMBER: _ClassVar[int]
     CACHED_PROMPT_TOKENS_DECODE_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
@@ -154,6 +154,8 @@ class RequestTimings(_message.Message):
     TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_BYTES_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_HIDDEN_S_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_EXPOSED_S_FIELD_NUMBER: _ClassVar[int]
     cached_prompt_tokens_prefill: int
     cached_prompt_tokens_decode: int
     queue_s: float
@@ -161,7 +163,9 @@ class RequestTimings(_message.Message):
     transfer_s: float
     transfer_bytes: int
     transport: str
-    def __init__(self, cached_prompt_tokens_prefill: _Optional[int] = ..., cached_prompt_tokens_decode: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., transfer_bytes: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
+    transfer_hidden_s: float
+    transfer_exposed_s: float
+    def __init__(self, cached_prompt_tokens_prefill: _Optional[int] = ..., cached_prompt_tokens_decode: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., transfer_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., transfer_hidden_s: _Optional[float] = ..., transfer_exposed_s: _Optional[float] = ...) -> None: ...
 
 class Refused(_message.Message):
     __slots__ = ("number", "error")
