@@ -16,7 +16,7 @@ from controller.pools import ProcessEnded, StartRefused
 from controller.router_actor import RouterActor
 from controller.status import ROUTER_POOL, ProcessReport, ProcessSpec
 from controller.worker_actor import WorkerActor
-from pdserve.config import ResourcesConfig
+from pdserve.config import FaultConfig, ResourcesConfig
 from pdserve.contract.errors import ErrorCode, ErrorInfo
 from pdserve.contract.messages import Members
 
@@ -130,6 +130,9 @@ class RayProcess:
         report = await self._ask(self._actor.inspect)
         assert isinstance(report, IntegrityReport)
         return report
+
+    async def arm(self, fault: FaultConfig) -> None:
+        await self._ask(self._actor.arm, fault)
 
     async def set_members(self, members: Members) -> None:
         await self._ask(self._actor.set_members, members)

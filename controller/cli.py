@@ -1,4 +1,4 @@
-"""The command line: pdserve up | down | status | check | generate."""
+"""The command line: pdserve up | down | status | check | fault | generate."""
 
 import argparse
 import asyncio
@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_down(commands)
     _add_status(commands)
     _add_check(commands)
+    _add_fault(commands)
     _add_generate(commands)
     return parser
 
@@ -111,6 +112,9 @@ def _add_up(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     up.add_argument(
         "--detach", action="store_true", help="return when the system is ready, and leave it running"
     )
+    up.add_argument(
+        "--allow-faults", action="store_true", help="let processes suffer faults on purpose, to rehearse"
+    )
     up.set_defaults(run=_up)
 
 
@@ -142,6 +146,28 @@ def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--address", help="of the Ray cluster, for a system that was started on another machine"
     )
     check.set_defaults(run=_check)
+
+
+def _add_fault(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    examples = (
+        "  pdserve fault decode-0 'sent Reserved' kill\n  pdserve fault prefill step hang --nth 3\n"
+        "  pdserve fault decode-1 now freeze --seconds 8\n"
+    )
+    fault = _command(
+        commands, "fault", "let processes of a system that allows faults suffer one, to rehearse", examples
+    )
+    fault.add_argument("process", help="such as decode-0, or a pool for each of its processes")
+    fault.add_argument("at", metavar="event", help="now, step, 'sent MESSAGE' or 'received MESSAGE'")
+    fault.add_argument("do", metavar="action", help="what happens then (see docs/game-days.md)")
+    fault.add_argument("--nth", metavar="N", type=int, help="the event's number from now on (default 1)")
+    fault.add_argument("--count", metavar="N", type=int, help="at how many in a row (default 1)")
+    fault.add_argument("--seconds", metavar="S", type=float, help="how long it lasts")
+    fault.add_argument("--stream", help="only messages of this kind of stream")
+    fault.add_argument("--token", metavar="T", type=int, help="only steps that compute this token")
+    fault.add_argument(
+        "--address", help="of the Ray cluster, for a system that was started on another machine"
+    )
+    fault.set_defaults(run=_fault)
 
 
 def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -176,7 +202,7 @@ def _up(options: argparse.Namespace) -> int:
     if options.detach and is_local:
         return start_detached(config.name, [word for word in options.words if word != "--detach"])
     try:
-        asyncio.run(run_system(config, LaunchOptions(leave_running=options.detach)))
+        asyncio.run(run_system(config, LaunchOptions(options.detach, options.allow_faults)))
     except Interrupted:
         return _INTERRUPTED
     return 0
@@ -236,6 +262,16 @@ def _check(options: argparse.Namespace) -> int:
     from controller.commands import check_integrity
 
     return asyncio.run(check_integrity(options.name or "default", options.address, options.json))
+
+
+def _fault(options: argparse.Namespace) -> int:
+    from controller.commands import arm_fault
+
+    keys = ("process", "at", "do", "nth", "count", "seconds", "stream", "token")
+    given = {key: value for key in keys if (value := getattr(options, key)) is not None}
+    (fault,) = load_config(None, {"faults": [given]}).faults
+    asyncio.run(arm_fault(options.name or "default", options.address, fault))
+    return 0
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from controller import running
 from controller.ray_environment import prepare_ray
 from controller.status import SystemState
 from controller.terminal import integrity_table, say, table
+from pdserve.config import FaultConfig
 from pdserve.contract.errors import NotFound, Unavailable
 
 if TYPE_CHECKING:
@@ -51,6 +52,13 @@ async def check_integrity(name: str, address: str | None, as_json: bool) -> int:
     else:
         say(integrity_table(name, answers))
     return 0 if all(answer.is_sound for answer in answers) else 1
+
+
+async def arm_fault(name: str, address: str | None, fault: FaultConfig) -> None:
+    """Let processes of a running system suffer `fault`. Raises ConfigError or NotFound."""
+    async with _running_controller(name, address) as controller:
+        armed = await controller.arm(fault)
+    say(f"{fault.do} at {fault.at}: {', '.join(armed)}")
 
 
 def url_of(name: str) -> str:

@@ -12,6 +12,8 @@ from controller.integrity import ProcessIntegrity
 from controller.plan import Deployment
 from controller.pools import ProcessEnded, Processes, Slot
 from controller.status import ROUTER_POOL, ProcessState, ProcessStatus, SystemState, SystemStatus
+from pdserve.config import FaultConfig
+from pdserve.contract.errors import ConfigError, NotFound
 from pdserve.contract.messages import Member, Members
 from pdserve.contract.ports import Clock
 from pdserve.tasks import cancel_and_wait
@@ -65,6 +67,30 @@ class Controller:
     async def check_integrity(self) -> tuple[ProcessIntegrity, ...]:
         """Let every process check its own books; who does not answer in time has no report."""
         return tuple(await asyncio.gather(*[self._inspect(slot) for slot in self._slots.values()]))
+
+    async def arm(self, fault: FaultConfig) -> tuple[str, ...]:
+        """Let the processes that `fault` names suffer it; which those are. Raises ConfigError or NotFound."""
+        if not self._deployment.allow_faults:
+            raise ConfigError("faults are not allowed here: start the system with --allow-faults")
+        if fault.in_replacements:
+            raise ConfigError(
+                "in_replacements reaches processes that do not exist yet: write it into faults of the "
+                "configuration",
+                param="in_replacements",
+            )
+        slots = [slot for slot in self._slots.values() if fault.is_for(slot.spec.id)]
+        ready = [slot for slot in slots if slot.state is ProcessState.READY]
+        if not ready:
+            known = ", ".join(self._slots)
+            raise NotFound(f"no process {fault.process!r} is ready to suffer a fault; there are {known}")
+        arming = [asyncio.create_task(_arm(slot, fault)) for slot in ready]
+        if fault.at == "now":  # it may take the process' answer with it
+            self._pushing.update(arming)
+            for task in arming:
+                task.add_done_callback(self._pushing.discard)
+        else:
+            await asyncio.gather(*arming)
+        return tuple(slot.spec.id for slot in ready)
 
     async def shut_down(self) -> None:
         """End all processes: first the routers, then the workers."""
@@ -157,6 +183,12 @@ class Controller:
             return SystemState.DEGRADED
         failed = any(slot.state is ProcessState.FAILED for slot in self._slots.values())
         return SystemState.FAILED if failed else SystemState.STARTING
+
+
+async def _arm(slot: Slot, fault: FaultConfig) -> None:
+    if slot.process is not None:
+        with contextlib.suppress(ProcessEnded):  # the slot hears of it too
+            await slot.process.arm(fault)
 
 
 def _member(slot: Slot) -> Member | None:

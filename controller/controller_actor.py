@@ -12,6 +12,8 @@ from controller.integrity import ProcessIntegrity
 from controller.plan import Deployment
 from controller.status import SystemStatus
 from pdserve.clock import LoopClock
+from pdserve.config import FaultConfig
+from pdserve.contract.errors import ErrorInfo, PdserveError
 from pdserve.logs import set_up_logging
 
 
@@ -34,6 +36,13 @@ class ControllerActor:
 
     async def check_integrity(self) -> tuple[ProcessIntegrity, ...]:
         return await self._controller.check_integrity()
+
+    async def arm(self, fault: FaultConfig) -> tuple[str, ...] | ErrorInfo:
+        """The processes that will suffer it, or why none can."""
+        try:
+            return await self._controller.arm(fault)
+        except PdserveError as error:
+            return error.info
 
     async def shut_down(self) -> None:
         await self._controller.shut_down()

@@ -18,7 +18,7 @@ from controller.ray_environment import auth_mode, prepare_ray
 from controller.status import SystemState, SystemStatus
 from controller.terminal import Progress, ready_text, say
 from pdserve.config import DeployConfig
-from pdserve.contract.errors import PdserveError, Unavailable
+from pdserve.contract.errors import ConfigError, PdserveError, Unavailable
 
 STAYING = "Press Ctrl-C to end it."
 """The last line before the launcher only waits."""
@@ -38,6 +38,8 @@ class LaunchOptions:
 
     leave_running: bool = False
     """On a cluster: return when the system is ready, and leave it there."""
+    allow_faults: bool = False
+    """Let processes suffer the `faults` of the configuration, and those of `pdserve fault`."""
 
 
 async def run_system(config: DeployConfig, options: LaunchOptions) -> None:
@@ -49,7 +51,7 @@ async def run_system(config: DeployConfig, options: LaunchOptions) -> None:
     progress = Progress()
     running.require_free(config.name)
     with contextlib.ExitStack() as held:
-        deployment = _check(config, held, progress)
+        deployment = _check(config, options, held, progress)
         async with _announced(config.name, deployment.is_local) as announcement:
             try:
                 async with _interruptible(progress):
@@ -59,14 +61,22 @@ async def run_system(config: DeployConfig, options: LaunchOptions) -> None:
                     raise
 
 
-def _check(config: DeployConfig, held: contextlib.ExitStack, progress: Progress) -> Deployment:
+def _check(
+    config: DeployConfig, options: LaunchOptions, held: contextlib.ExitStack, progress: Progress
+) -> Deployment:
     """All that can be found wrong before anything is started; `held` keeps the ports that were free. Raises
     PdserveError."""
+    if config.faults and not options.allow_faults:
+        raise ConfigError(
+            f"faults is set ({len(config.faults)} of them would happen): start with --allow-faults to "
+            "rehearse, or remove faults",
+            param="faults",
+        )
     is_local = config.ray.address is None
     if is_local:
         config = hold_api_ports(config, held)
         progress.note(f"looking for {config.model.path or 'the built-in model'}")
-    return Deployment(config, resolve_model(config, fetch=is_local))
+    return Deployment(config, resolve_model(config, fetch=is_local), options.allow_faults)
 
 
 async def _start_and_stay(

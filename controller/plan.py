@@ -24,6 +24,8 @@ class Deployment:
 
     config: DeployConfig
     model: ModelSource
+    allow_faults: bool = False
+    """`pdserve up --allow-faults`."""
     token: DeploymentToken = field(default_factory=DeploymentToken.draw)
     """Drawn once: a restarted controller is created with the same deployment, and hands it to every router
     and worker that it creates."""

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from controller.integrity import IntegrityReport, ProcessIntegrity
 from controller.status import ProcessReport, ProcessSpec, ProcessState, ProcessStatus
+from pdserve.config import FaultConfig
 from pdserve.contract.messages import Members
 from pdserve.contract.ports import Clock
 
@@ -62,6 +63,10 @@ class Process(Protocol):
 
     async def inspect(self) -> IntegrityReport:
         """What it finds when it checks its own books. Raises ProcessEnded."""
+        ...
+
+    async def arm(self, fault: FaultConfig) -> None:
+        """Let it suffer `fault`, where faults are allowed. Raises ProcessEnded, as when the fault is that."""
         ...
 
     async def set_members(self, members: Members) -> None:

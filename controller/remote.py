@@ -13,7 +13,8 @@ from controller.integrity import ProcessIntegrity
 from controller.plan import Deployment
 from controller.start_errors import LOGS
 from controller.status import SystemStatus
-from pdserve.contract.errors import ConfigError, NotFound, Unavailable
+from pdserve.config import FaultConfig
+from pdserve.contract.errors import ConfigError, ErrorInfo, NotFound, Unavailable, error_from_info
 
 SHUT_DOWN_TIMEOUT_S = 20.0
 RETRY_S = 0.5
@@ -73,6 +74,14 @@ class RemoteController:
         answers = await self._ask("check_integrity")
         assert isinstance(answers, tuple)
         return answers
+
+    async def arm(self, fault: FaultConfig) -> tuple[str, ...]:
+        """The processes that will suffer `fault`. Raises the PdserveError that says why none can."""
+        answer = await self._ask("arm", fault)
+        if isinstance(answer, ErrorInfo):
+            raise error_from_info(answer)
+        assert isinstance(answer, tuple)
+        return answer
 
     async def shut_down(self) -> None:
         """End all processes of the system, whatever state it is in."""

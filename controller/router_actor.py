@@ -10,10 +10,12 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from controller.addresses import node_name
+from controller.faults import allowed_faults, arm_configured
 from controller.integrity import IntegrityReport
 from controller.plan import ProcessPlan
 from controller.start_errors import start_error
 from controller.status import ProcessReport
+from pdserve.config import FaultConfig
 from pdserve.contract.errors import ErrorInfo
 from pdserve.contract.messages import Members
 from pdserve.logs import set_up_logging
@@ -31,6 +33,7 @@ class RouterActor:
         """`controller` is the handle of the controller's actor; a router tells it nothing on its own."""
         set_up_logging(plan.spec.id, plan.deployment.config.logs.level)
         self._plan = plan
+        self._faults = allowed_faults(plan)
         self._front: RouterFront | None = None
         self._starting: asyncio.Task[ProcessReport | ErrorInfo] | None = None
         self._stopped = asyncio.Event()
@@ -53,6 +56,11 @@ class RouterActor:
         """Whether the router's books balance."""
         return self._front.inspect() if self._front else IntegrityReport((), ())
 
+    async def arm(self, fault: FaultConfig) -> None:
+        """Only where faults are allowed."""
+        assert self._faults is not None, "faults are not allowed here"
+        self._faults.arm(fault)
+
     async def set_members(self, members: Members) -> None:
         """Take over a membership; returns once every member can be used, or a newer membership has come."""
         assert self._front is not None, "the router has not been started"
@@ -71,8 +79,9 @@ class RouterActor:
     async def _start(self) -> ProcessReport | ErrorInfo:
         try:
             module = await asyncio.to_thread(importlib.import_module, "controller.router_front")
-            front: RouterFront = module.RouterFront(self._plan)
+            front: RouterFront = module.RouterFront(self._plan, self._faults)
             await front.start()
+            arm_configured(self._faults, self._plan)
         except Exception as error:  # whatever it is, the controller has to hear of it
             log.exception("cannot start")
             return start_error(error)

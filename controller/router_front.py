@@ -16,6 +16,8 @@ from pdserve.clock import LoopClock, SystemRng
 from pdserve.contract.errors import ConfigError, InvalidRequest
 from pdserve.contract.ids import RouterId
 from pdserve.contract.messages import Members
+from pdserve.contract.ports import Rpc
+from pdserve.faults import Faults, FaultyRpc
 from pdserve.rpc.grpc_rpc import GrpcRpc
 from router.admission import AdmissionLimits
 from router.api_settings import ApiLimits, ApiSettings
@@ -35,16 +37,17 @@ STOP_GRACE_S = 1.0
 class RouterFront:
     """From `start` to `stop`. Belongs to the event loop in which it is made."""
 
-    def __init__(self, plan: ProcessPlan) -> None:
+    def __init__(self, plan: ProcessPlan, faults: Faults | None) -> None:
+        """`faults`: what the router may suffer on purpose, where that is allowed."""
         self._plan = plan
         self._config = plan.deployment.config.router
-        self._router = Router(
-            RouterId(plan.spec.id),
-            GrpcRpc(plan.deployment.credentials()),
-            LoopClock(),
-            SystemRng(),
-            self._router_settings(),
-        )
+        clock = LoopClock()
+        rpc: Rpc = GrpcRpc(plan.deployment.credentials())
+        if faults is not None:
+            rpc = FaultyRpc(rpc, faults, clock)
+        self._router = Router(RouterId(plan.spec.id), rpc, clock, SystemRng(), self._router_settings())
+        if faults is not None:
+            faults.export(self._router.registry)
         self._http: HttpServer | None = None
         self._grpc: GrpcApi | None = None
         self._metrics_url = ""

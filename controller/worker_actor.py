@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from controller.addresses import advertised_host, bind_host, join, node_name
+from controller.faults import allowed_faults, arm_configured
 from controller.integrity import IntegrityReport
 from controller.metrics_page import serve_metrics
 from controller.plan import ProcessPlan
@@ -20,9 +21,12 @@ from controller.room import kv_memory
 from controller.start_errors import start_error
 from controller.status import ProcessReport
 from pdserve.clock import LoopClock, SystemRng
+from pdserve.config import FaultConfig
 from pdserve.contract.errors import ConfigError, ErrorInfo
 from pdserve.contract.ids import WorkerId
 from pdserve.contract.messages import Member, Role
+from pdserve.contract.ports import Engine, Rpc
+from pdserve.faults import FaultyEngine, FaultyRpc
 from pdserve.logs import set_up_logging
 from pdserve.rpc.addresses import require_private
 from pdserve.rpc.credentials import Credentials
@@ -47,6 +51,7 @@ class WorkerActor:
         set_up_logging(plan.spec.id, plan.deployment.config.logs.level)
         self._plan = plan
         self._controller = controller
+        self._faults = allowed_faults(plan)
         self._worker: Worker | None = None
         self._member: Member | None = None
         self._metrics_url = ""
@@ -77,6 +82,11 @@ class WorkerActor:
         """Whether the worker's books balance; nothing is checked before it has an engine."""
         return self._worker.inspect() if self._worker else IntegrityReport((), ())
 
+    async def arm(self, fault: FaultConfig) -> None:
+        """Only where faults are allowed."""
+        assert self._faults is not None, "faults are not allowed here"
+        self._faults.arm(fault)
+
     async def ended(self) -> str:
         """Returns when the worker is over, with the reason; only after `start`."""
         assert self._worker is not None, "the worker has not been started"
@@ -100,6 +110,7 @@ class WorkerActor:
             await self._require_protected(credentials)
             engine = await asyncio.to_thread(self._load_engine)
             await self._serve(engine, credentials)
+            arm_configured(self._faults, self._plan)
         except Exception as error:  # whatever it is, the controller has to hear of it
             log.exception("cannot start")
             return start_error(error)
@@ -125,17 +136,23 @@ class WorkerActor:
         from pdserve.rpc.grpc_rpc import GrpcRpc
 
         self._tell("starting to listen")
-        spec = self._plan.spec
+        spec, clock = self._plan.spec, LoopClock()
+        served: Engine = engine
+        rpc: Rpc = GrpcRpc(credentials)
+        if self._faults is not None:
+            served, rpc = FaultyEngine(engine, self._faults), FaultyRpc(rpc, self._faults, clock)
         worker = Worker(
             WorkerId(spec.id),
             Role(spec.pool),
-            engine,
-            ThreadExecutor(engine),
-            GrpcRpc(credentials),
-            LoopClock(),
+            served,
+            ThreadExecutor(served),
+            rpc,
+            clock,
             SystemRng(),
             self._worker_settings(),
         )
+        if self._faults is not None:
+            self._faults.export(worker.registry)
         self._member = await self._listen(worker)
         self._worker = worker
         self._metrics_url = serve_metrics(worker.registry, self._plan.deployment)

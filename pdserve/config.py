@@ -10,13 +10,23 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from pdserve.contract.errors import ConfigError
+from pdserve.contract.messages import Message
+from pdserve.contract.ports import Call
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -24,6 +34,19 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
 _PORTS = re.compile(r"(\d{1,5})-(\d{1,5})")
 _LAST_PORT = 65535
 _LARGEST_SHARE = 0.95
+
+MESSAGE_NAMES = tuple("Kv" if kind is bytes else kind.__name__ for kind in get_args(Message))
+"""What travels between processes, by the names that `faults` uses; Kv is a piece of KV bytes."""
+FaultAction = Literal[
+    "kill", "freeze", "delay", "hang", "fail", "break", "cut", "corrupt", "lose", "repeat", "swap"
+]
+_AT_ANY_MESSAGE: tuple[FaultAction, ...] = ("kill", "freeze", "delay", "break", "cut")
+_ACTIONS_AT: Mapping[str, tuple[FaultAction, ...]] = {
+    "now": ("kill", "freeze"),
+    "step": ("kill", "freeze", "delay", "hang", "fail"),
+    "sent": _AT_ANY_MESSAGE,
+    "received": (*_AT_ANY_MESSAGE, "corrupt", "lose", "repeat", "swap"),
+}
 
 
 def parse_bytes(value: object) -> object:
@@ -53,6 +76,17 @@ def _parse_ports(value: object) -> object:
     if match is None or not 0 < int(match[1]) <= int(match[2]) <= _LAST_PORT:
         raise ValueError(f"{value!r} is not a range of ports: write for example 30000-30999")
     return (int(match[1]), int(match[2]))
+
+
+def _check_event(value: str) -> str:
+    """Raises ValueError when no process has such an event."""
+    kind, _, message = value.partition(" ")
+    if value not in ("now", "step") and (kind not in ("sent", "received") or message not in MESSAGE_NAMES):
+        raise ValueError(
+            f"{value!r} is no event: write now, step, or sent or received and one of "
+            f"{', '.join(MESSAGE_NAMES)}"
+        )
+    return value
 
 
 Port = Annotated[int, Field(ge=0, le=_LAST_PORT)]
@@ -280,6 +314,56 @@ class LogsConfig(_Section):
     """The least that is written."""
 
 
+class FaultConfig(_Section):
+    """Faults that processes are to suffer, for rehearsals: [game days](game-days.md) has the events, the
+    actions and which go together. Refused unless `pdserve up --allow-faults`."""
+
+    process: Annotated[str, Field(pattern=r"^(router|prefill|decode|unsplit)(-\d+)?$")]
+    """Which process, for example `decode-0`; a pool (`decode`) means each of its processes."""
+    at: Annotated[str, AfterValidator(_check_event)]
+    """The event: `sent` or `received` and a message's name, for example `sent Reserved`; `step`; or `now`,
+    once it serves."""
+    do: FaultAction
+    """What happens then."""
+    nth: Positive = 1
+    """The event's number in that process from which on it happens."""
+    count: Positive = 1
+    """At how many such events in a row it happens."""
+    seconds: PositiveSeconds | None = None
+    """How long a `delay` or a `cut` lasts, which need it, or a `freeze` or a `hang`; those have no end of
+    their own without it."""
+    stream: Call | None = None
+    """Messages: only those of this kind of stream. Empty: of all."""
+    token: Annotated[int, Field(ge=0)] | None = None
+    """`step`: only steps that compute this token, as those of one poisonous prompt. Empty: all."""
+    in_replacements: bool = False
+    """Also in the processes that replace those that died."""
+
+    def is_for(self, process_id: str) -> bool:
+        """Whether the process of that id (`decode-0`) is to suffer it."""
+        return self.process in (process_id, process_id.rpartition("-")[0])
+
+    @model_validator(mode="after")
+    def _action_fits_event(self) -> "FaultConfig":
+        kind, _, message = self.at.partition(" ")
+        if self.do not in _ACTIONS_AT[kind]:
+            allowed = ", ".join(_ACTIONS_AT[kind])
+            raise ValueError(f"do: {self.do} cannot happen at {self.at!r}: allowed there are {allowed}")
+        if self.do == "corrupt" and message not in ("Segment", "Kv"):
+            raise ValueError(
+                "do: corrupt is for what carries KV: at must be 'received Segment' or 'received Kv'"
+            )
+        if self.seconds is None and self.do in ("delay", "cut"):
+            raise ValueError(f"do: {self.do} needs seconds: how long it lasts")
+        if self.seconds is not None and self.do not in ("delay", "cut", "freeze", "hang"):
+            raise ValueError(f"do: {self.do} takes no seconds: leave them out")
+        if self.token is not None and self.at != "step":
+            raise ValueError("token is for at: step: leave it out")
+        if self.stream is not None and not message:
+            raise ValueError("stream is for at: sent or received: leave it out")
+        return self
+
+
 class DeployConfig(_Section):
     """A whole deployment. Every key may be left out."""
 
@@ -292,6 +376,8 @@ class DeployConfig(_Section):
     network: NetworkConfig = Field(default_factory=NetworkConfig)
     ray: RayConfig = Field(default_factory=RayConfig)
     logs: LogsConfig = Field(default_factory=LogsConfig)
+    faults: tuple[FaultConfig, ...] = ()
+    """Faults to rehearse."""
 
     @property
     def is_split(self) -> bool:
@@ -362,14 +448,21 @@ def _validate(content: Mapping[str, object], source: str) -> DeployConfig:
 
 def _key_path(error: ErrorDetails) -> Iterator[str]:
     """The keys down to the one that is wrong; pydantic also names branches of unions, which are no keys."""
-    section: Any = DeployConfig
+    section: type[BaseModel] | None = DeployConfig
     for part in error["loc"]:
-        fields = getattr(section, "model_fields", {})
         if section is not None or error["type"] == "extra_forbidden":
             yield str(part)
-        section = fields[part].annotation if part in fields else None
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
-            section = None
+        if section is not None and not isinstance(part, int):  # a number is an item of a list of sections
+            section = section_of(section, part)
+
+
+def section_of(section: type[BaseModel], key: str) -> type[BaseModel] | None:
+    """The section that `key` holds, or holds a list of; None where it is a plain value or not known."""
+    field = section.model_fields.get(key)
+    annotation: Any = field.annotation if field is not None else None
+    if get_origin(annotation) is tuple:
+        annotation = get_args(annotation)[0]
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def _explain(error: ErrorDetails, key: str) -> str:
@@ -398,7 +491,6 @@ def _explain_unknown(key: str) -> str:
 def _section(path: list[str]) -> type[BaseModel]:
     section: type[BaseModel] = DeployConfig
     for name in path:
-        annotation = section.model_fields[name].annotation
-        assert isinstance(annotation, type)
-        section = annotation
+        inner = None if name.isdigit() else section_of(section, name)
+        section = inner or section
     return section

@@ -272,3 +272,20 @@ class RouterMetrics:
         Gauge(
             "pdserve_router_ready_workers", "Workers this router can use.", registry=self.registry
         ).set_function(count)
+
+
+class FaultMetrics:
+    """What a router or worker counts where faults are allowed; elsewhere it does not exist."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self._faults = Counter(
+            "pdserve_faults",
+            "Faults that happened here on purpose, by action.",
+            ["action"],
+            registry=registry,
+        )
+
+    def count(self, action: str) -> None:
+        """`action` is the `do` of a fault."""
+        self._faults.labels(action).inc()

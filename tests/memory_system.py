@@ -8,7 +8,7 @@ from controller.worker import Worker, WorkerSettings
 from pdserve.clock import SeededRng, VirtualClock
 from pdserve.contract.ids import RouterId, WorkerId
 from pdserve.contract.messages import Members, Role
-from pdserve.contract.ports import EngineExecutor
+from pdserve.contract.ports import EngineExecutor, Rpc
 from pdserve.contract.sampling import SamplingParams
 from pdserve.contract.tokens import pack_tokens, unpack_tokens
 from pdserve.engine.executor import InlineExecutor
@@ -73,7 +73,7 @@ class MemorySystem:
             role,
             engine,
             self.executor_of(engine),
-            MemoryRpc(self.network, name),
+            self.rpc_of(name),
             self.clock,
             self.rng,
             self._settings,
@@ -85,6 +85,10 @@ class MemorySystem:
     def executor_of(self, engine: FakeEngine) -> EngineExecutor:
         """Runs the engine of a worker that is being started; tests may replace it by a worse one."""
         return InlineExecutor(engine, self.clock)
+
+    def rpc_of(self, name: str) -> Rpc:
+        """How a worker that is being started reaches the others; tests may replace it by a worse one."""
+        return MemoryRpc(self.network, name)
 
     def kill(self, name: str) -> Worker:
         """As SIGKILL. The controller notices at once; the dead worker is returned, to be buried by `bury`."""

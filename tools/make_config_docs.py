@@ -8,13 +8,14 @@ import argparse
 import sys
 import types
 from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from pdserve.config import DeployConfig, parse_bytes
+from pdserve.config import DeployConfig, parse_bytes, section_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -53,7 +54,7 @@ def make_page() -> str:
 
 def _sections(section: type[BaseModel], path: str, text: str | None) -> Iterator[str]:
     """One part of the page per section of the file, the sections inside it after it."""
-    inner = {name: field for name, field in section.model_fields.items() if _is_section(field)}
+    inner = {name: field for name, field in section.model_fields.items() if section_of(section, name)}
     plain = {name: field for name, field in section.model_fields.items() if name not in inner}
     if plain:
         yield f"## {f'`{path}`' if path else 'Top level'}\n"
@@ -62,13 +63,16 @@ def _sections(section: type[BaseModel], path: str, text: str | None) -> Iterator
         yield from (_row(f"{path}.{name}".lstrip("."), field) for name, field in plain.items())
         yield ""
     for name, field in inner.items():
-        kind = _annotation(field)
-        yield from _sections(kind, f"{path}.{name}".lstrip("."), field.description or kind.__doc__)
+        kind = section_of(section, name)
+        assert kind is not None
+        is_list = get_origin(field.annotation) is tuple
+        text = kind.__doc__ if is_list else field.description or kind.__doc__
+        yield from _sections(kind, f"{path}.{name}".lstrip(".") + ("[]" if is_list else ""), text)
 
 
 def _row(key: str, field: FieldInfo) -> str:
-    default = field.get_default(call_default_factory=True)
-    cells = [f"`{key}`", _values(field), f"`{_yaml(default)}`", _flow(field.description)]
+    default = "" if field.is_required() else f"`{_yaml(field.get_default(call_default_factory=True))}`"
+    cells = [f"`{key}`", _values(field), default, _flow(field.description)]
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
@@ -91,6 +95,8 @@ def _kind(annotation: Any) -> str:
         return " or ".join(_kind(argument) for argument in arguments)
     if origin is tuple:
         return f"list of {_kind(arguments[0])}" if Ellipsis in arguments else "`FIRST-LAST`"
+    if isinstance(annotation, type) and issubclass(annotation, StrEnum):
+        return " or ".join(f"`{value}`" for value in annotation)
     if origin is dict:
         return f"map to {_kind(arguments[1])}"
     names = {
@@ -117,10 +123,6 @@ def _yaml(value: object) -> str:
         return f"[{', '.join(map(str, value))}]"
     words = {None: "null", True: "true", False: "false"}
     return words[value] if value is None or isinstance(value, bool) else str(value)
-
-
-def _is_section(field: FieldInfo) -> bool:
-    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
 
 
 def _annotation(field: FieldInfo) -> Any:

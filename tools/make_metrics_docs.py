@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Metric
 
 from pdserve.contract.errors import ErrorCode
 from pdserve.contract.work import BlockCounts
-from pdserve.metrics import RouterMetrics, WorkerMetrics
+from pdserve.metrics import FaultMetrics, RouterMetrics, WorkerMetrics
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "metrics.md"
 
@@ -46,7 +46,14 @@ def main() -> int:
 
 def make_page() -> str:
     """The whole page as Markdown."""
-    return "\n".join([HEAD, _section("Workers", _worker_metrics()), _section("Routers", _router_metrics())])
+    return "\n".join(
+        [
+            HEAD,
+            _section("Workers", _worker_metrics()),
+            _section("Routers", _router_metrics()),
+            _section("Both, with --allow-faults", _fault_metrics()),
+        ]
+    )
 
 
 def _worker_metrics() -> Iterable[Metric]:
@@ -70,6 +77,12 @@ def _router_metrics() -> Iterable[Metric]:
     metrics.on_request_end("chat", "ok", 200)
     metrics.follow_index_mismatches(lambda: 0)
     metrics.follow_workers(lambda: 0)
+    return metrics.registry.collect()
+
+
+def _fault_metrics() -> Iterable[Metric]:
+    metrics = FaultMetrics(CollectorRegistry())
+    metrics.count("kill")
     return metrics.registry.collect()
 
 

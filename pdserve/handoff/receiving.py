@@ -111,7 +111,7 @@ class PrefillFetch:
         self._block_size = block_size
         self._num_layers = num_layers
         self.stats = FetchStats()
-        self._segments: asyncio.Queue[Segment] = asyncio.Queue()
+        self._segments: asyncio.Queue[Segment | Sealed] = asyncio.Queue()  # Sealed behind all of them
         self._proof = Proof(0, num_layers, 0)  # until the prompt is reserved
         self._times = TransferTimes()
         self._sealed: Sealed | None = None
@@ -182,6 +182,7 @@ class PrefillFetch:
                 case Sealed() as sealed:
                     self._sealed = sealed
                     self._computed_at = self._clock.now() - sealed.since_computed_s
+                    self._segments.put_nowait(sealed)
                     self._conclude()
                 case End(error) if error is not None:
                     raise error_from_info(error)
@@ -201,17 +202,24 @@ class PrefillFetch:
                 raise ProtocolViolation(f"{type(other).__name__} came after everything was verified")
 
     async def _copy_segments(self, stream: MessageStream, receiver: SegmentReceiver) -> None:
+        asked_again: set[int] = set()
         while True:
-            segment = await self._segments.get()
-            if self._proof.has(segment.index):  # said twice: the answer may have been lost
-                self._metrics.count_repeated_segment(self.stats.transport)
-                await stream.send(Ack(segment.index))
-                continue
-            ok = await self._copy(segment, receiver)
-            await stream.send(Ack(segment.index, ok))
-            if ok:
-                self._prove(segment)
-                self._conclude()
+            match await self._segments.get():
+                case Sealed(num_segments):
+                    for index in set(range(num_segments)) - asked_again:
+                        if not self._proof.has(index):  # it never came
+                            await stream.send(Ack(index, ok=False))
+                case Segment(index) if self._proof.has(index):  # said twice: the answer may have been lost
+                    self._metrics.count_repeated_segment(self.stats.transport)
+                    await stream.send(Ack(index))
+                case Segment(index) as segment:
+                    ok = await self._copy(segment, receiver)
+                    await stream.send(Ack(index, ok))
+                    if ok:
+                        self._prove(segment)
+                        self._conclude()
+                    else:
+                        asked_again.add(index)
 
     async def _copy(self, segment: Segment, receiver: SegmentReceiver) -> bool:
         self._proof.require_new(segment)
