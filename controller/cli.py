@@ -1,15 +1,19 @@
-"""The command line: pdserve up | down | status | check | fault | generate."""
+"""The command line: pdserve up | down | status | check | fault | generate | bench."""
 
 import argparse
 import asyncio
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pdserve
 from controller.terminal import complain
 from pdserve.config import load_config
 from pdserve.contract.errors import PdserveError
+
+if TYPE_CHECKING:
+    from load_generator.prompts import Vocabulary
 
 _EXAMPLES = """\
 examples:
@@ -21,6 +25,7 @@ examples:
   pdserve generate "Once upon a time"
   pdserve status --json
   pdserve check
+  pdserve bench --rate 4 --count 200
   pdserve down
 """
 _INTERRUPTED = 130
@@ -57,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_check(commands)
     _add_fault(commands)
     _add_generate(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -193,6 +199,88 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     generate.set_defaults(run=_generate)
 
 
+def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    examples = (
+        "  pdserve bench --rate 4 --count 200 --ttft 500 --itl 100\n"
+        "  pdserve bench --trace requests.jsonl --speed 2 --json result.json --page result.html\n"
+        "  pdserve bench --sweep --prompt-tokens 512 --output-tokens 32 --ttft 1000 --tpot 80\n"
+        "  pdserve bench --url http://other:8000 --concurrency 16\n"
+    )
+    bench = _command(commands, "bench", "put load on an OpenAI-compatible server and measure it", examples)
+    bench.add_argument("--url", help="of the server, without /v1 (default: the system that runs here)")
+    bench.add_argument("--model", metavar="NAME", help="as the server calls it (default: the first it lists)")
+
+    load = bench.add_argument_group("load (default: --rate 1)")
+    load.add_argument(
+        "--trace", metavar="FILE", type=Path, help="recorded arrivals: pdserve, Mooncake or Azure"
+    )
+    load.add_argument("--speed", type=_positive, default=1.0, help="replay the trace so many times as fast")
+    load.add_argument("--rate", metavar="R", type=_positive, help="draw arrivals, R requests a second")
+    load.add_argument(
+        "--burstiness",
+        metavar="B",
+        type=_positive,
+        default=1.0,
+        help="gamma shape: 1 Poisson (default), below 1 bursts",
+    )
+    load.add_argument("--concurrency", metavar="N", type=int, help="keep N requests in flight instead")
+    load.add_argument("--sweep", action="store_true", help="raise the rate, from --rate on, to find the knee")
+    load.add_argument(
+        "--good", metavar="SHARE", type=float, default=0.9, help="good requests that a rate needs"
+    )
+    load.add_argument("--max-runs", metavar="N", type=int, default=12, help="of a sweep (default 12)")
+    load.add_argument(
+        "--count", metavar="N", type=int, help="requests per run (default 200, or the whole trace)"
+    )
+    load.add_argument("--seed", type=int, default=0, help="of arrivals and prompts")
+
+    prompts = bench.add_argument_group("requests")
+    prompts.add_argument("--prompt-tokens", metavar="N", type=int, default=512, help="default 512")
+    prompts.add_argument("--output-tokens", metavar="N", type=int, default=64, help="default 64")
+    prompts.add_argument("--spread", type=float, default=0.0, help="of both lengths, as a share of the mean")
+    prompts.add_argument("--shared-tokens", metavar="N", type=int, default=0, help="of a common prefix")
+    prompts.add_argument("--groups", metavar="N", type=int, default=1, help="how many different prefixes")
+    prompts.add_argument(
+        "--form", choices=["tokens", "text", "chat"], default="tokens", help="default tokens"
+    )
+    prompts.add_argument(
+        "--vocabulary", metavar="A:B", help="ids of prompts (default: as the server tells, else 1000:20000)"
+    )
+    prompts.add_argument("--temperature", type=float, default=0.0, help="default 0")
+    prompts.add_argument(
+        "--stop-early", action="store_true", help="let answers end where the model ends them"
+    )
+    prompts.add_argument("--timeout", metavar="S", type=_positive, default=600.0, help="of one request")
+    prompts.add_argument(
+        "--body", metavar="JSON", default="{}", help='further fields of every request, as in {"priority": 1}'
+    )
+
+    slo = bench.add_argument_group("what a request must keep to be good, in milliseconds")
+    slo.add_argument("--ttft", metavar="MS", type=_positive, help="time to first token")
+    slo.add_argument(
+        "--tpot", metavar="MS", type=_positive, help="mean time per output token after the first"
+    )
+    slo.add_argument("--itl", metavar="MS", type=_positive, help="longest wait between two tokens")
+    slo.add_argument("--e2e", metavar="MS", type=_positive, help="end to end")
+
+    results = bench.add_argument_group("results")
+    results.add_argument("--skip", metavar="S", type=float, default=0.0, help="leave the first S seconds out")
+    results.add_argument(
+        "--json", metavar="FILE", type=Path, help="everything, with the times of each request"
+    )
+    results.add_argument(
+        "--page", metavar="FILE", type=Path, help="plots as one HTML file (needs pdserve[bench])"
+    )
+    bench.set_defaults(run=_bench)
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
 def _up(options: argparse.Namespace) -> int:
     from controller.detach import start_detached
     from controller.launch import Interrupted, LaunchOptions, run_system
@@ -284,6 +372,94 @@ def _generate(options: argparse.Namespace) -> int:
     )
     asyncio.run(stream_answer(options.url or url_of(options.name or "default"), question))
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from controller.bench import BenchOptions, run_bench
+    from load_generator.arrivals import Lengths
+    from load_generator.prompts import PromptForm
+    from load_generator.summary import Slo
+    from pdserve.config import api_key
+
+    _check_bench(options)
+    bench = BenchOptions(
+        url=(options.url or _own_url(options.name or "default")).rstrip("/").removesuffix("/v1"),
+        model=options.model,
+        api_key=api_key(),
+        trace=options.trace,
+        speed=options.speed,
+        rate=options.rate or (None if options.trace or options.concurrency else 1.0),
+        burstiness=options.burstiness,
+        concurrency=options.concurrency,
+        sweep=options.sweep,
+        min_good_share=options.good,
+        max_runs=options.max_runs,
+        count=options.count,
+        lengths=Lengths(
+            options.prompt_tokens,
+            options.output_tokens,
+            options.spread,
+            options.shared_tokens,
+            options.groups,
+        ),
+        form=PromptForm(options.form),
+        vocabulary=_parse_vocabulary(options.vocabulary) if options.vocabulary else None,
+        temperature=options.temperature,
+        ignore_eos=not options.stop_early,
+        timeout_s=options.timeout,
+        extra_body=_parse_body(options.body),
+        slo=Slo(options.ttft, options.tpot, options.itl, options.e2e),
+        skip_s=options.skip,
+        seed=options.seed,
+        json_file=options.json,
+        page_file=options.page,
+    )
+    return asyncio.run(run_bench(bench))
+
+
+def _own_url(name: str) -> str:
+    from controller.commands import url_of
+
+    return url_of(name)
+
+
+def _check_bench(options: argparse.Namespace) -> None:
+    """Raises ConfigError for what makes no sense together or at all."""
+    from pdserve.contract.errors import ConfigError
+
+    given = [f"--{name}" for name in ("trace", "rate", "concurrency") if getattr(options, name) is not None]
+    if len(given) > 1 and not (options.sweep and "--concurrency" not in given):
+        raise ConfigError(f"{' and '.join(given)} exclude each other: give one")
+    if options.sweep and options.concurrency is not None:
+        raise ConfigError("--sweep raises a rate, and --concurrency has none: leave one out")
+    for name in ("concurrency", "count", "prompt_tokens", "output_tokens", "groups", "max_runs"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+def _parse_vocabulary(text: str) -> "Vocabulary":
+    from load_generator.prompts import Vocabulary
+    from pdserve.contract.errors import ConfigError
+
+    first, _, stop = text.partition(":")
+    if not (first.isdigit() and stop.isdigit() and int(first) < int(stop)):
+        raise ConfigError(f"--vocabulary {text!r} is not A:B with A < B: write for example 1000:20000")
+    return Vocabulary(int(first), int(stop))
+
+
+def _parse_body(text: str) -> tuple[tuple[str, object], ...]:
+    import json
+
+    from pdserve.contract.errors import ConfigError
+
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--body is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ConfigError('--body must be a JSON object, such as {"priority": 1}')
+    return tuple(fields.items())
 
 
 if __name__ == "__main__":

@@ -27,6 +27,13 @@ def say_piece(text: str) -> None:
     sys.stdout.flush()
 
 
+def progress_line(text: str) -> None:
+    """Replace the line that is being worked on, where stderr is a terminal; nothing elsewhere."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[2K{text}")
+        sys.stderr.flush()
+
+
 def complain(line: str) -> None:
     """One line to stderr."""
     sys.stderr.write(f"pdserve: {' '.join(line.split())}\n")

@@ -397,6 +397,12 @@ def load_config(file: Path | None = None, options: Mapping[str, object] | None =
     return _validate(content, "command line" if options else source)
 
 
+def api_key() -> str | None:
+    """What clients of OpenAI-compatible servers send: the environment's OPENAI_API_KEY, as the openai package
+    reads it. Not an option, because command lines are seen by everybody on the machine."""
+    return os.environ.get("OPENAI_API_KEY") or None
+
+
 def runtime_folder() -> Path:
     """Where running systems leave word of themselves: a private folder of this user, made when missing."""
     base = os.environ.get("XDG_RUNTIME_DIR")

@@ -107,6 +107,7 @@ class _Pages:
                 "created": self._created,
                 "owned_by": "pdserve",
                 "max_model_len": info.max_model_len,
+                "vocab_size": info.vocab_size,
             }
         ]
 

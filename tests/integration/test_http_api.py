@@ -421,6 +421,8 @@ async def test_logprobs_of_a_chat(system: System) -> None:
 
 async def test_models(system: System) -> None:
     listed = await system.client.models.list()
+    (card,) = (await system.http.get("/v1/models")).json()["data"]
+    assert card["vocab_size"] == 400
     assert [model.id for model in listed.data] == ["small-model"]
     assert (await system.client.models.retrieve("small-model")).owned_by == "pdserve"
     with pytest.raises(openai.NotFoundError):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = {"router", "prefill_worker", "decode_worker"}
+ROOMS = {"router", "prefill_worker", "decode_worker", "load_generator"}
 PACKAGES = {"pdserve", "controller", *ROOMS}
 PURE_MODULES = (
     "pdserve.contract.block_names",
