@@ -39,6 +39,7 @@ docs: $(VENV)/.installed-dev  ## generate the pages that follow from the code
 bench: $(VENV)/.installed-dev  ## the benchmarks in their short form
 	$(BIN)/python -m benchmarks.engine --smoke
 	$(BIN)/python -m benchmarks.handoff --smoke
+	$(BIN)/python -m benchmarks.overlap --smoke
 
 clean:  ## remove what the verbs above have made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,4 +1,4 @@
-"""The benchmark of the engine does what it says, on a model so small that its figures mean nothing."""
+"""Benchmarks do what they say, on a model so small that its figures mean nothing."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import engine as benchmark
+from benchmarks import overlap
 from benchmarks.conditions import conditions
 from pdserve.engine.engine import ModelEngine
 from pdserve.engine.settings import EngineSettings
@@ -29,6 +30,23 @@ def test_it_measures_pairs_of_the_same_work(tmp_path: Path, monkeypatch: pytest.
     assert result["prefill_512_tokens_per_s"] > 0
     for timings in result["seconds"].values():
         assert {timing["runs"] for timing in timings.values()} == {1}
+
+
+def test_the_overlap_is_measured_with_and_without_transfers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in TINY.items():
+        monkeypatch.setitem(benchmark.SHAPE, key, value)
+    benchmark.make_model(tmp_path)
+    result = overlap.measure(tmp_path, num_chunks=[4], chunk_tokens=16, rounds=1, num_layer_groups=2)
+    block_bytes = 2 * 2 * 16 * 2 * 16 * 2  # layers, key and value, tokens, KV heads, their size, bfloat16
+    (by_transport,) = result.values()
+    assert set(by_transport) == {"shared_memory", "grpc"}
+    for told in by_transport.values():
+        assert (told["bytes"], told["bytes_off"]) == (4 * block_bytes, block_bytes)
+        assert 0 <= told["share_ahead"]["median"] <= 1
+        assert told["prefill_s"]["median"] > 0
+        assert told["prefill_off_s"]["median"] > 0
 
 
 def test_it_tells_where_and_how_it_was_measured() -> None:
