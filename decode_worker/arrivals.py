@@ -78,7 +78,7 @@ class Arrivals:
             self._prefill_open(request, source),
             request.root,
             request.hold,
-            _Arrival(request, self._room, self._events, self._wake),
+            _Arrival(request, self._room, self._events, self._wake, self._info.vocab_size),
             self._rpc,
             self._transports,
             self._clock,
@@ -136,12 +136,18 @@ class _Arrival:
     """The FetchListener of one request."""
 
     def __init__(
-        self, request: DecodeRequest, room: Room, events: RequestEvents, wake: Callable[[], None]
+        self,
+        request: DecodeRequest,
+        room: Room,
+        events: RequestEvents,
+        wake: Callable[[], None],
+        vocab_size: int,
     ) -> None:
         self._request = request
         self._room = room
         self._events = events
         self._wake = wake
+        self._vocab_size = vocab_size
 
     def reserve(self) -> int | Busy:
         request = self._request
@@ -159,6 +165,8 @@ class _Arrival:
             return
         if not request.prefill_samples or request.num_tokens != request.num_to_prefill:
             raise ProtocolViolation("a first token came that was not asked for, or came twice")
+        if not 0 <= first.token < self._vocab_size:
+            raise ProtocolViolation(f"first token {first.token} of a vocabulary of {self._vocab_size}")
         request.timings = _timings(request, stats)
         self._events.first_token(request, SampledToken(first.token, first.logprobs))
 

@@ -13,15 +13,17 @@ from pdserve.contract.errors import (
     DeadlineExceeded,
     ErrorCode,
     ErrorInfo,
+    InvalidRequest,
     PdserveError,
     Preempted,
+    Replayed,
     RequestTooLong,
     Unavailable,
 )
 from pdserve.contract.ids import SubmitNumber, WorkerId
 from pdserve.contract.messages import Failed, PairTransport, Refused, Submit, TokenEvent
 from pdserve.contract.ports import Clock, EngineExecutor, Rpc
-from pdserve.contract.tokens import num_tokens, pack_tokens
+from pdserve.contract.tokens import pack_tokens
 from pdserve.contract.work import (
     ModelInfo,
     SampledToken,
@@ -32,6 +34,7 @@ from pdserve.contract.work import (
     TokenLogprobs,
 )
 from pdserve.engine.chunking import PromptProgress, chunk_tokens_within
+from pdserve.handoff.bounds import check_submit
 from pdserve.handoff.ledger import BlockHold, BlockLedger
 from pdserve.handoff.prefill_job import JobState, PrefillJob
 from pdserve.handoff.sending import PrefillSource as PrefillCalls
@@ -305,16 +308,12 @@ class DecodeLoop:
     def _refusal(self, submit: Submit) -> PdserveError | None:
         if self.draining:
             return Unavailable(f"{self._worker_id} is draining")
-        most_tokens = num_tokens(submit.prompt_tokens) + submit.sampling.max_tokens
-        if most_tokens > self._info.max_model_len:
-            return RequestTooLong(
-                f"{most_tokens} tokens exceed the model's length of {self._info.max_model_len}"
-            )
-        pool_tokens = self._info.pool_tokens
-        if most_tokens > pool_tokens:
-            return RequestTooLong(
-                f"{most_tokens} tokens do not fit {self._worker_id}'s KV pool of {pool_tokens} tokens"
-            )
+        if self._requests.has_attempt(submit.request_id, submit.attempt):
+            return Replayed(f"attempt {submit.attempt} of {submit.request_id} is being served here already")
+        try:
+            check_submit(submit, self._info)
+        except (InvalidRequest, RequestTooLong) as error:
+            return error
         return None
 
     def _enrol(self, sink: TokenSink, submit: Submit) -> DecodeRequest:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from decode_worker.request import DecodeRequest, Phase, TokenSink
 from decode_worker.scheduler import choose_victim, may_reserve
-from pdserve.contract.ids import SubmitNumber
+from pdserve.contract.ids import RequestId, SubmitNumber
 from pdserve.contract.ports import Clock
 from pdserve.handoff.ledger import BlockLedger
 from pdserve.metrics import WorkerMetrics
@@ -28,6 +28,7 @@ class LiveRequests:
 
     def __init__(self) -> None:
         self._requests: dict[tuple[TokenSink, SubmitNumber], DecodeRequest] = {}
+        self._attempts: set[tuple[RequestId, int]] = set()
 
     def __iter__(self) -> Iterator[DecodeRequest]:
         return iter(list(self._requests.values()))
@@ -43,9 +44,15 @@ class LiveRequests:
 
     def add(self, request: DecodeRequest) -> None:
         self._requests[request.sink, request.number] = request
+        self._attempts.add((request.submit.request_id, request.submit.attempt))
 
     def remove(self, request: DecodeRequest) -> None:
         del self._requests[request.sink, request.number]
+        self._attempts.remove((request.submit.request_id, request.submit.attempt))
+
+    def has_attempt(self, request_id: RequestId, attempt: int) -> bool:
+        """Whether this attempt is among them, whoever submitted it."""
+        return (request_id, attempt) in self._attempts
 
     def in_phase(self, phase: Phase) -> list[DecodeRequest]:
         """The requests in `phase`, oldest first."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from decode_worker.request import TokenSink
-from pdserve.contract.errors import ProtocolViolation, StaleIncarnation
+from pdserve.contract.errors import ProtocolViolation, Replayed, StaleIncarnation
 from pdserve.contract.ids import Incarnation, RouterId, SubmitNumber
 from pdserve.contract.messages import (
     Cancel,
@@ -63,6 +63,10 @@ class RouterSession:
     def answer(self, message: Refused | Failed) -> None:
         self._put(message)
 
+    def cut(self) -> None:
+        """Break the stream: a newer Session of the same router has come."""
+        self._give_up()
+
     def _put(self, message: SessionDown) -> None:
         try:
             self.outgoing.put_nowait(message)
@@ -77,37 +81,60 @@ class SessionServer:
     def __init__(self, incarnation: Incarnation, submissions: Submissions) -> None:
         self._incarnation = incarnation
         self._submissions = submissions
-        self._last_submits: dict[Incarnation, SubmitNumber] = {}  # router incarnation -> newest Submit
+        self._sessions: dict[Incarnation, RouterSession] = {}  # router incarnation -> its open Session
+        self._numbers: dict[Incarnation, int] = {}  # router incarnation -> number of its newest Session
 
     def last_submit(self, router: Incarnation) -> SubmitNumber:
-        """The newest Submit taken from that router; 0 before the first."""
-        return self._last_submits.get(router, SubmitNumber(0))
+        """The newest Submit taken from that router's open Session; 0 before the first."""
+        session = self._sessions.get(router)
+        return session.last_submit if session is not None else SubmitNumber(0)
 
     async def serve(self, stream: MessageStream) -> None:
         """Handler of `Call.SESSION`."""
         opened = await stream.receive()
         if not isinstance(opened, SessionOpen):
             raise ProtocolViolation(f"a Session starts with SessionOpen, not {type(opened).__name__}")
-        if opened.worker_incarnation != self._incarnation:
-            raise StaleIncarnation("this worker was restarted since the router learned of it")
-        await stream.send(SessionReady(self._incarnation))
         session = RouterSession(opened.router_id, stream.cancel)
-        self._last_submits[opened.router_incarnation] = SubmitNumber(0)
+        self._enter(opened, session)
         try:
+            await stream.send(SessionReady(self._incarnation))
             async with task_scope() as tasks:
                 writer = tasks.create_task(self._write(stream, session))
-                await self._read(stream, session, opened.router_incarnation)
+                await self._read(stream, session)
                 writer.cancel()
             await stream.send(End())
         finally:
-            self._submissions.drop(session)
-            self._last_submits.pop(opened.router_incarnation, None)
+            self._leave(opened.router_incarnation, session)
 
-    async def _read(self, stream: MessageStream, session: RouterSession, router: Incarnation) -> None:
+    def _enter(self, opened: SessionOpen, session: RouterSession) -> None:
+        """Let the router's newest Session take the place of the one before it, which may be broken without
+        our knowing. Raises StaleIncarnation, and Replayed for what is not the newest."""
+        if opened.worker_incarnation != self._incarnation:
+            raise StaleIncarnation("this worker was restarted since the router learned of it")
+        router = opened.router_incarnation
+        if opened.number <= self._numbers.get(router, 0):
+            raise Replayed(
+                f"Session {opened.number} of {opened.router_id} comes after Session {self._numbers[router]}"
+            )
+        self._numbers[router] = opened.number
+        former = self._sessions.get(router)
+        if former is not None:
+            self._leave(router, former)
+            former.cut()
+        self._sessions[router] = session
+
+    def _leave(self, router: Incarnation, session: RouterSession) -> None:
+        self._submissions.drop(session)
+        if self._sessions.get(router) is session:
+            del self._sessions[router]
+
+    async def _read(self, stream: MessageStream, session: RouterSession) -> None:
         while True:
             match await stream.receive():
                 case Submit() as submit:
-                    self._last_submits[router] = submit.number
+                    if submit.number <= session.last_submit:
+                        raise Replayed(f"Submit {submit.number} came after Submit {session.last_submit}")
+                    session.last_submit = submit.number
                     self._submissions.submit(session, submit)
                 case Cancel(number):
                     self._submissions.cancel(session, number)

@@ -218,7 +218,7 @@ class LimitsConfig(_Section):
     """Stop token ids."""
     max_logit_bias: Positive = 1024
     """Entries of logit_bias."""
-    max_logprobs: Positive = 20
+    max_logprobs: Annotated[int, Field(ge=1, le=4096)] = 20
     """Alternatives per token."""
     max_temperature: Annotated[float, Field(ge=0)] = 100.0
     """Highest temperature."""

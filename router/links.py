@@ -98,6 +98,7 @@ class WorkerLink:
         self._fleet = fleet
         self._rpc = rpc
         self._clock = clock
+        self._num_sessions = 0
         self._num_submitted = 0
         self._submissions: dict[SubmitNumber, Submission] = {}
         self._outgoing: asyncio.Queue[SessionUp] = asyncio.Queue()
@@ -171,8 +172,10 @@ class WorkerLink:
     async def _hold_session(self) -> None:
         async with self._stream(Call.SESSION) as stream:
             member = self._view.member
+            self._num_sessions += 1
+            router = self._router
             await stream.send(
-                SessionOpen(self._router.router_id, self._router.incarnation, member.incarnation)
+                SessionOpen(router.router_id, router.incarnation, member.incarnation, self._num_sessions)
             )
             await self._await_ready(stream)
             self._num_submitted = 0

@@ -12,7 +12,7 @@ from router.openai_schema import SamplingBody
 T = TypeVar("T")
 
 _MAX_PENALTY = 2.0
-_MAX_REPETITION_PENALTY = 100.0
+_REPETITION_PENALTIES = (0.001, 100.0)  # logits are divided by it, and must stay finite
 _MAX_LOGIT_BIAS = 100.0
 _MAX_ID_DIGITS = 12
 
@@ -63,7 +63,7 @@ def _check_numbers(body: SamplingBody, info: ModelInfo, limits: ApiLimits) -> No
     check_int_range("top_k", body.top_k, -1, 2**31 - 1)  # -1 and 0 both keep all, as vLLM has it
     check_above("top_p", body.top_p, 0.0, 1.0)
     check_range("min_p", body.min_p, 0.0, 1.0)
-    check_above("repetition_penalty", body.repetition_penalty, 0.0, _MAX_REPETITION_PENALTY)
+    check_range("repetition_penalty", body.repetition_penalty, *_REPETITION_PENALTIES)
     check_range("presence_penalty", body.presence_penalty, -_MAX_PENALTY, _MAX_PENALTY)
     check_range("frequency_penalty", body.frequency_penalty, -_MAX_PENALTY, _MAX_PENALTY)
     check_int_range("min_tokens", body.min_tokens, 0, info.max_model_len)

@@ -156,6 +156,10 @@ class ProtocolViolation(PdserveError):
     code = ErrorCode.PROTOCOL
 
 
+class Replayed(ProtocolViolation):
+    """The peer repeats a call or a message that has been taken already."""
+
+
 class StreamBroken(PdserveError):
     """A stream stopped without its End message: the peer is dead, frozen, cut off or gave up."""
 

@@ -57,6 +57,9 @@ class SessionOpen:
     router_incarnation: Incarnation
     worker_incarnation: Incarnation
     """The incarnation the router learned from Watch; another one refuses the stream."""
+    number: int = 1
+    """Counts this router's Sessions with this worker. A Session ends the one before it, and one whose number
+    is not above all earlier ones' is refused."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,6 +161,12 @@ class LayerRange:
         return self.stop - self.start
 
 
+POOL_FILE_NAME = "pdserve-kv"
+"""How the names of the memory files begin that pools lie in."""
+
+EXPORT_TOKEN_BYTES = 16
+
+
 @dataclass(frozen=True, slots=True)
 class PoolExport:
     """How a process on the same host can map a CPU KV pool: open /proc/<pid>/fd/<fd>."""
@@ -171,4 +177,5 @@ class PoolExport:
     fd: int
     num_bytes: int
     token: str = field(default="", repr=False)
-    """Random bytes also found at the end of the mapping, so that a reused pid or fd is noticed."""
+    """EXPORT_TOKEN_BYTES random bytes in hexadecimal, also found at the end of the file: a reused pid or fd
+    is noticed, and nobody can name a file that is not the pool's."""

@@ -18,11 +18,10 @@ import torch
 
 from pdserve.contract.errors import ConfigError
 from pdserve.contract.ids import BlockId
-from pdserve.contract.work import LayerRange, PoolExport
+from pdserve.contract.work import EXPORT_TOKEN_BYTES, POOL_FILE_NAME, LayerRange, PoolExport
 from pdserve.engine.host import available_bytes, host_id
 from pdserve.engine.settings import EngineSettings
 
-EXPORT_TOKEN_BYTES = 16
 _LEAST_TOKENS = 256
 
 
@@ -142,7 +141,7 @@ class _MemoryFile:
 
     def __init__(self, num_bytes: int) -> None:
         self.token = secrets.token_bytes(EXPORT_TOKEN_BYTES)
-        self.fd = os.memfd_create("pdserve-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.fd = os.memfd_create(POOL_FILE_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         weakref.finalize(self, os.close, self.fd)
         os.ftruncate(self.fd, num_bytes + EXPORT_TOKEN_BYTES)
         # A file that cannot shrink cannot make a reader of its mapping fault.

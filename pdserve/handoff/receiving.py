@@ -43,6 +43,9 @@ from pdserve.handoff.transports.negotiation import Transports
 from pdserve.metrics import WorkerMetrics
 from pdserve.tasks import task_scope
 
+MAX_WAITING_SEGMENTS = 1024
+"""Far more than any source may have unacknowledged."""
+
 
 @dataclass(slots=True)
 class FetchStats:
@@ -112,6 +115,7 @@ class PrefillFetch:
         self._num_layers = num_layers
         self.stats = FetchStats()
         self._segments: asyncio.Queue[Segment | Sealed] = asyncio.Queue()  # Sealed behind all of them
+        self._announced: set[int] = set()  # segment indexes
         self._proof = Proof(0, num_layers, 0)  # until the prompt is reserved
         self._times = TransferTimes()
         self._sealed: Sealed | None = None
@@ -176,10 +180,11 @@ class PrefillFetch:
         while True:
             match await stream.receive():
                 case Segment() as segment:
-                    self._segments.put_nowait(segment)
+                    self._announce(segment)
                 case FirstToken() as first:
                     self._listener.first_token(first, self.stats)
                 case Sealed() as sealed:
+                    self._require_all_announced(sealed)
                     self._sealed = sealed
                     self._computed_at = self._clock.now() - sealed.since_computed_s
                     self._segments.put_nowait(sealed)
@@ -190,6 +195,21 @@ class PrefillFetch:
                     raise ProtocolViolation("the source ended the call before every segment was verified")
                 case other:
                     raise ProtocolViolation(f"{type(other).__name__} came after Reserved")
+
+    def _announce(self, segment: Segment) -> None:
+        if self._sealed is not None and segment.index not in self._announced:
+            raise ProtocolViolation(f"segment {segment.index} came after the KV was sealed")
+        if self._segments.qsize() >= MAX_WAITING_SEGMENTS:
+            raise ProtocolViolation(f"more than {MAX_WAITING_SEGMENTS} segments came without an answer")
+        self._announced.add(segment.index)
+        self._segments.put_nowait(segment)
+
+    def _require_all_announced(self, sealed: Sealed) -> None:
+        """Else this end would wait for ever for what will not come."""
+        if self._sealed is not None or sealed.num_segments != len(self._announced):
+            raise ProtocolViolation(
+                f"the source sealed {sealed.num_segments} segments and has announced {len(self._announced)}"
+            )
 
     @staticmethod
     async def _until_end(stream: MessageStream) -> None:

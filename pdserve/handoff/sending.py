@@ -26,7 +26,7 @@ from pdserve.contract.errors import (
     FingerprintMismatch,
     PdserveError,
     ProtocolViolation,
-    RequestTooLong,
+    Replayed,
     StaleIncarnation,
     StreamBroken,
     TransferCorrupt,
@@ -46,8 +46,8 @@ from pdserve.contract.messages import (
     Starting,
 )
 from pdserve.contract.ports import Clock, LayersDone, MessageStream
-from pdserve.contract.tokens import num_tokens
 from pdserve.contract.work import ModelInfo
+from pdserve.handoff.bounds import check_prefill_open
 from pdserve.handoff.digest import combine
 from pdserve.handoff.ledger import BlockHold, BlockLedger
 from pdserve.handoff.prefill_job import JobState, PrefillJob
@@ -195,11 +195,9 @@ class PrefillSource:
             raise FingerprintMismatch(
                 f"{opened.decode_worker_id} serves {opened.fingerprint}, this worker {self._info.fingerprint}"
             )
-        pool_tokens = self._info.pool_tokens
-        if num_tokens(opened.tokens) > pool_tokens:
-            raise RequestTooLong(
-                f"a prompt of {num_tokens(opened.tokens)} tokens does not fit a pool of {pool_tokens}"
-            )
+        if any(_is_same_call(job.request, opened) for job in self.jobs):
+            raise Replayed(f"attempt {opened.attempt} of {opened.request_id} has a Prefill call here already")
+        check_prefill_open(opened, self._info)
         if self.draining:
             raise Unavailable("this prefill worker is draining")
 
@@ -216,6 +214,14 @@ class PrefillSource:
             self._wake()
 
 
+def _is_same_call(known: PrefillOpen, opened: PrefillOpen) -> bool:
+    return (known.decode_worker_id, known.request_id, known.attempt) == (
+        opened.decode_worker_id,
+        opened.request_id,
+        opened.attempt,
+    )
+
+
 class _PrefillCall:
     """The coroutines of one call: one reads, one ships segments, one sends the first token."""
 
@@ -225,10 +231,12 @@ class _PrefillCall:
         self._job = job
         self._stream = stream
         self._sending = asyncio.Lock()
+        self._is_asked = False  # Starting has been sent, and is not answered yet
         self._answered = asyncio.Event()  # Reserved or Busy has come
         self._finished = asyncio.Event()  # the decode worker's End has come
         self._rest_s = 0.0  # how long the decode worker asked us to wait when it was busy
         self._num_resends = 0
+        self._is_sealed = False
         self._digests: dict[int, int] = {}  # segment index -> digest
 
     async def run(self) -> None:
@@ -238,6 +246,7 @@ class _PrefillCall:
                 first_token = tasks.create_task(self._send_first_token())
                 await self._ship(sender)
                 await first_token
+                self._is_sealed = True
                 await self._send(self._sealed())
                 await self._ship_again_until_finished(sender)
             await reader
@@ -252,6 +261,7 @@ class _PrefillCall:
             while job.state is not JobState.READY:
                 await self._until(lambda: job.state is JobState.STARTING)
                 self._answered.clear()
+                self._is_asked = True
                 await self._send(Starting(accepted.choice, job.num_cached))
                 await self._answer()
                 await self._wait_out_busy()
@@ -289,11 +299,18 @@ class _PrefillCall:
         while True:
             match await self._stream.receive():
                 case Reserved(first_missing_block):
+                    self._require_asked("Reserved")
+                    if not 0 <= first_missing_block <= self._job.num_blocks:
+                        raise ProtocolViolation(
+                            f"a prompt of {self._job.num_blocks} blocks cannot lack those from "
+                            f"{first_missing_block} on"
+                        )
                     self._job.reserved(first_missing_block)
                     self._count_prefix()
                     self._answered.set()
                     self._source._wake()
                 case Busy(retry_after_ms):
+                    self._require_asked("Busy")
                     self._rest_s = retry_after_ms / 1000
                     self._job.put_back()
                     self._answered.set()
@@ -303,11 +320,18 @@ class _PrefillCall:
                 case End(error):
                     if error is not None:
                         raise error_from_info(error)
+                    if not self._is_sealed:
+                        raise ProtocolViolation("the decode worker said End before the KV was sealed")
                     self._finished.set()
                     self._job.changed.set()
                     return
                 case other:
                     raise ProtocolViolation(f"{type(other).__name__} does not belong on a Prefill stream")
+
+    def _require_asked(self, answer: str) -> None:
+        if not self._is_asked:
+            raise ProtocolViolation(f"{answer} came without a Starting that it answers")
+        self._is_asked = False
 
     def _count_prefix(self) -> None:
         """Once per call, however often the decode worker was busy before."""

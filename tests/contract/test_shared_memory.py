@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import fcntl
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pdserve.contract.errors import StreamBroken
+from pdserve.contract.errors import ProtocolViolation, StreamBroken
 from pdserve.contract.messages import Segment, TransportChoice
 from pdserve.contract.work import PoolExport
 from pdserve.handoff.digest import digest
@@ -150,13 +151,56 @@ def test_another_file_at_the_same_descriptor(shared_memory: World) -> None:
         assert export is not None
         other_token = dataclasses.replace(export, token="00" * 16)
         too_large = dataclasses.replace(export, num_bytes=export.num_bytes * 2)
+        part_of_it = dataclasses.replace(export, num_bytes=export.num_bytes - 1536)
         reader, writer = os.pipe()
         no_file = dataclasses.replace(export, fd=reader)
-        for wrong in (other_token, too_large, no_file):
+        for wrong in (other_token, too_large, part_of_it, no_file):
             with pytest.raises(StreamBroken):
                 await pair.decode.transports.connect(TransportChoice("shared_memory", "", wrong), "source")
         os.close(reader)
         os.close(writer)
+
+    shared_memory.run(story)
+
+
+def test_a_source_cannot_make_the_receiver_map_what_is_no_pool(shared_memory: World) -> None:
+    """Even a file whose last bytes it knows: here zeros."""
+
+    async def story(pair: Pair) -> None:
+        num_bytes = 40 * 1536
+        secret = os.memfd_create("somebody's secret", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(secret, num_bytes + 16)
+        fcntl.fcntl(secret, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        export = PoolExport("this host", os.getpid(), secret, num_bytes, "00" * 16)
+        with pytest.raises(StreamBroken, match="is not the offered pool"):
+            await pair.decode.transports.connect(TransportChoice("shared_memory", "", export), "source")
+        os.close(secret)
+
+    shared_memory.run(story)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"token": ""},
+        {"token": "00"},
+        {"token": "no hexadecimal"},
+        {"pid": 0},
+        {"pid": -1},
+        {"pid": 2**40},
+        {"fd": -1},
+        {"fd": 2**40},
+        {"num_bytes": 0},
+        {"num_bytes": -16},
+        {"num_bytes": 2**63},
+    ],
+    ids=str,
+)
+def test_an_export_that_no_pool_has(shared_memory: World, fields: dict[str, object]) -> None:
+    async def story(pair: Pair) -> None:
+        export = dataclasses.replace(pair.source.pool.export(), **fields)  # type: ignore[type-var]
+        with pytest.raises(ProtocolViolation, match="the source"):
+            await pair.decode.transports.connect(TransportChoice("shared_memory", "", export), "source")
 
     shared_memory.run(story)
 

@@ -19,7 +19,7 @@ from pdserve.clock import LoopClock, SeededRng, VirtualClock, run_virtual
 from pdserve.contract.ids import BlockId
 from pdserve.contract.messages import TransportChoice
 from pdserve.contract.ports import Call, EngineExecutor, Rpc, RpcServer
-from pdserve.contract.work import LayerRange, PoolExport
+from pdserve.contract.work import POOL_FILE_NAME, LayerRange, PoolExport
 from pdserve.engine.executor import InlineExecutor, ThreadExecutor
 from pdserve.engine.fake_engine import FakeEngine
 from pdserve.handoff.transports.base import LocalSide, SegmentReceiver, SegmentSender
@@ -29,7 +29,7 @@ from pdserve.rpc.memory_rpc import MemoryNetwork, MemoryRpc
 from tests.contract.rpc_pair import no_new_tasks
 from tests.credentials import OURS
 
-POOL_FILE = "transport-test-pool"
+POOL_FILE = f"{POOL_FILE_NAME}-of-a-test"
 
 
 class MemoryFilePool:

@@ -488,7 +488,7 @@ async def test_before_any_worker_is_there(text: TextModel) -> None:
         ({"top_p": 1.1}, "top_p", "at most 1"),
         ({"top_k": -2}, "top_k", "got -2"),
         ({"min_p": 2}, "min_p", "between 0 and 1"),
-        ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "between 0.001 and 100"),
         ({"presence_penalty": 3}, "presence_penalty", "between -2 and 2"),
         ({"frequency_penalty": -3}, "frequency_penalty", "between -2 and 2"),
         ({"logit_bias": {"5": 101}}, "logit_bias", "between -100 and 100"),

@@ -8,7 +8,8 @@ last user. What could go wrong with memory of another process:
   seen to have ended (a pidfd) and no call uses it, so a dead worker's pool does not linger.
 - The file is cut short, which would end the reader with SIGBUS: only files sealed against shrinking
   (F_SEAL_SHRINK, which cannot be taken back) are offered and mapped.
-- The pid or the descriptor means another file by now: random bytes at the file's end tell.
+- The pid or the descriptor means another file by now, or never meant a pool: only a memory file of a pool's
+  name and size is mapped, and random bytes at its end, which only its owner knows, tell that it is this one.
 - The source writes while it is read: the digest of the own copy tells.
 """
 
@@ -18,6 +19,7 @@ import fcntl
 import functools
 import mmap
 import os
+import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -25,10 +27,13 @@ import numpy as np
 from pdserve.contract.errors import ProtocolViolation, StreamBroken
 from pdserve.contract.ids import BlockId
 from pdserve.contract.messages import Segment, TransportChoice, TransportOffer
-from pdserve.contract.work import PoolExport
+from pdserve.contract.work import EXPORT_TOKEN_BYTES, POOL_FILE_NAME, PoolExport
 from pdserve.handoff.transports.announcing import AnnouncingSender, check_source_blocks
 from pdserve.handoff.transports.base import Accepted, Declined, LocalSide, SegmentReceiver, TransferStats
 from pdserve.handoff.transports.pool_bytes import PoolBytes, Rows
+
+_NUMBERS = 2**31
+"""Process ids and descriptors are below it."""
 
 MAX_IDLE_MAPPINGS = 8
 """How many pools stay mapped while no call uses them. A mapping costs two descriptors, and the first use
@@ -117,18 +122,19 @@ class _Receiver:
 class _Mapping:
     """One pool of another process, mapped read-only, and a descriptor that tells when that process ends.
 
-    Raises PermissionError when this process may not look there, and StreamBroken when the process is
-    gone or the file is not the pool that was offered.
+    Raises PermissionError when this process may not look there, StreamBroken when the process is gone or
+    the file is not the pool that was offered, and ProtocolViolation for what no pool can be exported as.
     """
 
     def __init__(self, export: PoolExport, block_bytes: int) -> None:
         self.export = export
         self.num_users = 0
         self.retired = False
+        token = _token_of(export)
         with _explained(export), contextlib.ExitStack() as undo:
             self.pidfd = os.pidfd_open(export.pid)
             undo.callback(os.close, self.pidfd)
-            mapped = _map_read_only(export)
+            mapped = _map_read_only(export, token)
             undo.pop_all()
         num_blocks = export.num_bytes // block_bytes
         flat = np.frombuffer(mapped, np.uint8, num_blocks * block_bytes)
@@ -196,21 +202,39 @@ def _explained(export: PoolExport) -> Iterator[None]:
         raise StreamBroken(f"the pool of process {export.pid} is gone ({error.strerror})") from error
 
 
-def _map_read_only(export: PoolExport) -> mmap.mmap:
-    token = bytes.fromhex(export.token)
+def _map_read_only(export: PoolExport, token: bytes) -> mmap.mmap:
     num_bytes = export.num_bytes + len(token)
     # O_NONBLOCK: were the descriptor a pipe by now, open would wait for a writer.
     fd = os.open(f"/proc/{export.pid}/fd/{export.fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        if not _is_sealed(fd) or os.fstat(fd).st_size < num_bytes:
+        if not _is_pool(fd) or os.fstat(fd).st_size != num_bytes:
             raise StreamBroken(f"descriptor {export.fd} of process {export.pid} is not the offered pool")
         mapped = mmap.mmap(fd, num_bytes, prot=mmap.PROT_READ)
     finally:
         os.close(fd)
-    if not token or mapped[export.num_bytes :] != token:
+    if mapped[export.num_bytes :] != token:
         mapped.close()
         raise StreamBroken(f"descriptor {export.fd} of process {export.pid} is another pool by now")
     return mapped
+
+
+def _token_of(export: PoolExport) -> bytes:
+    """Raises ProtocolViolation for an export that no pool has."""
+    try:
+        token = bytes.fromhex(export.token)
+    except ValueError:
+        token = b""
+    if len(token) != EXPORT_TOKEN_BYTES or not (0 < export.pid < _NUMBERS and 0 <= export.fd < _NUMBERS):
+        raise ProtocolViolation("the source exports its pool with numbers or a token that no pool has")
+    if not 0 < export.num_bytes < sys.maxsize - EXPORT_TOKEN_BYTES:
+        raise ProtocolViolation(f"the source says that its pool has {export.num_bytes} bytes")
+    return token
+
+
+def _is_pool(fd: int) -> bool:
+    """A memory file of a pool, that can never become shorter."""
+    name = os.readlink(f"/proc/self/fd/{fd}")
+    return name.startswith(f"/memfd:{POOL_FILE_NAME}") and _is_sealed(fd)
 
 
 def _is_sealed(fd: int) -> bool:

@@ -44,14 +44,16 @@ class SessionDown(_message.Message):
     def __init__(self, session_ready: _Optional[_Union[SessionReady, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., end: _Optional[_Union[_common_pb2.End, _Mapping]] = ...) -> None: ...
 
 class SessionOpen(_message.Message):
-    __slots__ = ("router_id", "router_incarnation", "worker_incarnation")
+    __slots__ = ("router_id", "router_incarnation", "worker_incarnation", "number")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     ROUTER_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     WORKER_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     router_incarnation: int
     worker_incarnation: int
-    def __init__(self, router_id: _Optional[str] = ..., router_incarnation: _Optional[int] = ..., worker_incarnation: _Optional[int] = ...) -> None: ...
+    number: int
+    def __init__(self, router_id: _Optional[str] = ..., router_incarnation: _Optional[int] = ..., worker_incarnation: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
 
 class SessionReady(_message.Message):
     __slots__ = ("worker_incarnation",)
