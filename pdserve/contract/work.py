@@ -179,3 +179,13 @@ class PoolExport:
     token: str = field(default="", repr=False)
     """EXPORT_TOKEN_BYTES random bytes in hexadecimal, also found at the end of the file: a reused pid or fd
     is noticed, and nobody can name a file that is not the pool's."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """A KV pool in a GPU's memory: [num_blocks, block_bytes] from `address` on."""
+
+    address: int
+    num_bytes: int
+    device: int
+    """The GPU's ordinal in this process."""

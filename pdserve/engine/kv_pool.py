@@ -18,7 +18,7 @@ import torch
 
 from pdserve.contract.errors import ConfigError
 from pdserve.contract.ids import BlockId
-from pdserve.contract.work import EXPORT_TOKEN_BYTES, POOL_FILE_NAME, LayerRange, PoolExport
+from pdserve.contract.work import EXPORT_TOKEN_BYTES, POOL_FILE_NAME, DeviceMemory, LayerRange, PoolExport
 from pdserve.engine.host import available_bytes, host_id
 from pdserve.engine.settings import EngineSettings
 
@@ -124,6 +124,13 @@ class KvPool:
             num_bytes=self._num_blocks * self.block_bytes,
             token=self._memory.token.hex(),
         )
+
+    def device_memory(self) -> DeviceMemory | None:
+        """Where the pool lies in a GPU's memory; None on a CPU."""
+        if self._memory is not None:
+            return None
+        num_bytes = self._num_blocks * self.block_bytes
+        return DeviceMemory(self.tensor.data_ptr(), num_bytes, self.tensor.get_device())
 
     def _segment(
         self, payload: bytearray | memoryview, num_blocks: int, layers: LayerRange

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from pdserve.clock import LoopClock, SeededRng, VirtualClock, run_virtual
 from pdserve.contract.ids import BlockId
@@ -140,7 +141,7 @@ class Pair:
         pool = self.world.make_pool(num_blocks, block_bytes, num_layers)
         executor, rpc = self.world.make_executor(), self.world.make_rpc(host)
         clock = VirtualClock() if self.world.is_virtual else LoopClock()
-        side = LocalSide(pool, num_layers, executor, rpc, clock, SeededRng(len(host)))
+        side = LocalSide(pool, num_layers, executor, rpc, clock, SeededRng(sum(host.encode())))
         return Worker(side, (self.world.transport,))
 
     async def open(self) -> Transfer:
@@ -188,8 +189,13 @@ class World:
         engine = FakeEngine(1)
         return InlineExecutor(engine, VirtualClock()) if self.is_virtual else ThreadExecutor(engine)
 
+    def skip_without_its_package(self) -> None:
+        if self.transport == "nixl":
+            pytest.importorskip("nixl", reason="NIXL is not installed: pip install 'pdserve[nixl]'")
+
     def run(self, story: Story, num_blocks: int = 40, block_bytes: int = 1536, num_layers: int = 3) -> None:
         """Run the story of a pair; nothing is left afterwards."""
+        self.skip_without_its_package()
         with nothing_left():
             run = run_virtual if self.is_virtual else asyncio.run
             run(self._tell(story, num_blocks, block_bytes, num_layers))
@@ -234,6 +240,7 @@ WORLDS = {
     "grpc": ("grpc", "grpc", MemoryFilePool),
     "shared_memory": ("shared_memory", "memory", MemoryFilePool),
     "shared_memory-copying": ("shared_memory", "memory", CopyingPool),
+    "nixl": ("nixl", "memory", MemoryFilePool),
 }
 
 

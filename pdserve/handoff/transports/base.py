@@ -28,7 +28,7 @@ from pdserve.contract.errors import ConfigError, ProtocolViolation
 from pdserve.contract.ids import BlockId
 from pdserve.contract.messages import Segment, TransportChoice, TransportOffer
 from pdserve.contract.ports import BlockStore, Clock, EngineExecutor, Rng, Rpc
-from pdserve.contract.work import LayerRange
+from pdserve.contract.work import DeviceMemory, LayerRange
 from pdserve.handoff.digest import LANE_BYTES
 
 
@@ -79,6 +79,15 @@ class MappedBlocks(Protocol):
     def rows(self) -> memoryview | None:
         """The pool's own bytes, writable, format "B", shape [num_blocks, block_bytes], C-contiguous; None
         when they are not in host memory."""
+        ...
+
+
+@runtime_checkable
+class DeviceBlocks(Protocol):
+    """What a BlockStore on a GPU may have besides: where its bytes lie."""
+
+    def device_memory(self) -> DeviceMemory | None:
+        """The pool's memory, [num_blocks, block_bytes]; None when it is not in a GPU's."""
         ...
 
 

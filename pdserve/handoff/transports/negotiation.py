@@ -1,6 +1,6 @@
 """Which transport a pair of workers uses for a Prefill call."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from pdserve.contract.errors import ConfigError, ProtocolViolation, Unavailable
@@ -8,10 +8,11 @@ from pdserve.contract.messages import TransportChoice, TransportOffer
 from pdserve.contract.ports import Handler
 from pdserve.handoff.transports.base import Accepted, LocalSide, SegmentReceiver, Transport
 from pdserve.handoff.transports.grpc_stream import GrpcStreamTransport
+from pdserve.handoff.transports.nixl import NixlTransport
 from pdserve.handoff.transports.shared_memory import SharedMemoryTransport
 
 DEFAULT_ORDER = (SharedMemoryTransport.name, GrpcStreamTransport.name)
-"""Fastest first; gRPC works everywhere and is the last resort."""
+"""Fastest first; gRPC works everywhere and is the last resort. Others are used where they are named."""
 
 
 class Transports:
@@ -20,12 +21,13 @@ class Transports:
     def __init__(self, side: LocalSide, order: Sequence[str] = DEFAULT_ORDER) -> None:
         """`order` is also the list of what is allowed. Raises ConfigError for an unknown or absent name."""
         grpc_stream = GrpcStreamTransport(side)
-        known: dict[str, Transport] = {
-            grpc_stream.name: grpc_stream,
-            SharedMemoryTransport.name: SharedMemoryTransport(side),
+        known: dict[str, Callable[[LocalSide], Transport]] = {
+            SharedMemoryTransport.name: SharedMemoryTransport,
+            NixlTransport.name: NixlTransport,
+            GrpcStreamTransport.name: lambda side: grpc_stream,
         }
         _check_order(order, known)
-        self._by_name = {name: known[name] for name in order}
+        self._by_name = {name: known[name](side) for name in order}
         self.kv_handler: Handler = grpc_stream.serve
         """Serves the Kv streams that receivers open here."""
 
@@ -65,7 +67,7 @@ class Transports:
             await transport.close()
 
 
-def _check_order(order: Sequence[str], known: Mapping[str, Transport]) -> None:
+def _check_order(order: Sequence[str], known: Collection[str]) -> None:
     unknown = [name for name in order if name not in known]
     if unknown or not order:
         raise ConfigError(f"transports: {', '.join(unknown) or 'none given'}; choose from {', '.join(known)}")
