@@ -9,6 +9,7 @@ three alternate, so that a busy machine disturbs them alike. Verified bytes per 
 
 import argparse
 import asyncio
+import importlib.util
 import json
 import os
 import statistics
@@ -39,6 +40,7 @@ from pdserve.rpc.grpc_rpc import GrpcRpc
 LAYOUT = KvLayout(num_layers=24, block_size=16, num_kv_heads=2, head_dim=64, dtype=torch.bfloat16)
 CREDENTIALS = Credentials(DeploymentToken("of both processes"))
 SEGMENT_BYTES = 8 << 20
+TRANSPORTS = (*DEFAULT_ORDER, *(["nixl"] if importlib.util.find_spec("nixl") else []))
 WINDOW_SEGMENTS = 8
 
 
@@ -51,7 +53,7 @@ class Worker:
         self.rpc = GrpcRpc(CREDENTIALS)
         self.executor = ThreadExecutor(FakeEngine(1))
         side = LocalSide(self.pool, LAYOUT.num_layers, self.executor, self.rpc, LoopClock(), SystemRng())
-        self.by_name = {name: Transports(side, (name,)) for name in DEFAULT_ORDER}
+        self.by_name = {name: Transports(side, (name,)) for name in TRANSPORTS}
         self.block_ids = [
             BlockId(block) for block in np.random.default_rng(os.getpid()).permutation(num_blocks)
         ]

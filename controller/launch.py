@@ -12,6 +12,7 @@ from typing import Any
 
 from controller import running
 from controller.model_files import resolve_model
+from controller.packages import require_packages
 from controller.plan import Deployment
 from controller.ports import hold_api_ports
 from controller.ray_environment import auth_mode, prepare_ray
@@ -74,6 +75,7 @@ def _check(
         )
     is_local = config.ray.address is None
     if is_local:
+        require_packages(config)
         config = hold_api_ports(config, held)
         progress.note(f"looking for {config.model.path or 'the built-in model'}")
     return Deployment(config, resolve_model(config, fetch=is_local), options.allow_faults)

@@ -288,12 +288,19 @@ class NetworkConfig(_Section):
     """The ports that workers may listen at, for example `30000-30999`. Empty: any free port."""
     metrics_host: str = "127.0.0.1"
     """Where every process serves its /metrics, at a free port that `pdserve status` shows."""
-    transports: Annotated[tuple[Literal["shared_memory", "grpc"], ...], Field(min_length=1)] = (
+    transports: Annotated[tuple[Literal["shared_memory", "nixl", "grpc"], ...], Field(min_length=1)] = (
         "shared_memory",
         "grpc",
     )
-    """How KV travels, best first; a pair of workers takes the first that both can use."""
+    """How KV travels, best first; a pair of workers takes the first that both can use. `nixl` needs the
+    extra of that name, and neither encrypts nor asks who reads."""
     tls: TlsConfig = Field(default_factory=TlsConfig)
+
+    @model_validator(mode="after")
+    def _keeps_what_tls_promises(self) -> "NetworkConfig":
+        if self.tls.certificate and "nixl" in self.transports:
+            raise ValueError("transports: nixl sends KV unencrypted: leave it out, or leave tls out")
+        return self
 
 
 class RayConfig(_Section):

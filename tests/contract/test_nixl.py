@@ -34,11 +34,12 @@ from pdserve.engine.executor import ThreadExecutor
 from pdserve.engine.fake_engine import FakeEngine
 from pdserve.handoff.transports.base import LocalSide
 from pdserve.handoff.transports.negotiation import Transports
-from pdserve.rpc.grpc_rpc import GrpcRpc
+from pdserve.rpc.memory_rpc import MemoryNetwork, MemoryRpc
 from tests.contract.transport_pair import MemoryFilePool
 pool = MemoryFilePool(%d, %d, 3)
 pool.array[:] = 7
-side = LocalSide(pool, 3, ThreadExecutor(FakeEngine(1)), GrpcRpc(), LoopClock(), SystemRng())
+rpc = MemoryRpc(MemoryNetwork(), "source")
+side = LocalSide(pool, 3, ThreadExecutor(FakeEngine(1)), rpc, LoopClock(), SystemRng())
 transports = Transports(side, ("nixl", "grpc"))
 print("ready", flush=True)
 for line in sys.stdin:

@@ -4,6 +4,8 @@
 - `negotiation`: which transport a pair of workers uses, and why.
 - `grpc_stream`: raw bytes over a gRPC stream. Works everywhere.
 - `shared_memory`: straight out of the source's pool, on one host.
+- `nixl`: by RDMA, NVLink or what else UCX finds, into `staging` memory; `nixl_agent` and `nixl_remotes`
+  keep what NIXL knows. An optional extra.
 - `pool_bytes`: the own blocks, as all of them read and write them.
 - `announcing`: the source's end where receivers read the source's pool by themselves.
 - `pieces`: how a segment is cut that moves in several steps.
