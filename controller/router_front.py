@@ -25,6 +25,7 @@ from router.grpc_api import GrpcApi, serve_grpc
 from router.http_api import create_app
 from router.http_server import HttpServer, serve_http
 from router.journey import JourneySettings
+from router.links import LinkSettings
 from router.router import Router, RouterSettings
 from router.text import TextModel
 
@@ -125,7 +126,9 @@ class RouterFront:
 
     def _router_settings(self) -> RouterSettings:
         admission = AdmissionLimits(**self._config.admission.model_dump())
-        return RouterSettings(admission, JourneySettings(queue_timeout_s=self._config.queue_timeout_s))
+        journey = JourneySettings(queue_timeout_s=self._config.queue_timeout_s)
+        links = LinkSettings(self._config.first_token_timeout_s, self._config.stall_timeout_s)
+        return RouterSettings(admission, journey, links)
 
     def _api_settings(self) -> ApiSettings:
         limits = ApiLimits(**self._config.limits.model_dump())

@@ -215,7 +215,7 @@ class Worker:
             self._work,
             settings.decode,
         )
-        self._sessions = SessionServer(self.incarnation, loop)
+        self._sessions = SessionServer(self.incarnation, loop, clock, self.metrics)
         return loop
 
     def _handlers(self) -> Mapping[Call, Handler]:

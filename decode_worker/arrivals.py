@@ -164,7 +164,7 @@ class _Arrival:
         if request.ended:
             return
         if not request.prefill_samples or request.num_tokens != request.num_to_prefill:
-            raise ProtocolViolation("a first token came that was not asked for, or came twice")
+            raise ProtocolViolation("a first token came that was not asked for")
         if not 0 <= first.token < self._vocab_size:
             raise ProtocolViolation(f"first token {first.token} of a vocabulary of {self._vocab_size}")
         request.timings = _timings(request, stats)

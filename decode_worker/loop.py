@@ -21,7 +21,7 @@ from pdserve.contract.errors import (
     Unavailable,
 )
 from pdserve.contract.ids import SubmitNumber, WorkerId
-from pdserve.contract.messages import Failed, PairTransport, Refused, Submit, TokenEvent
+from pdserve.contract.messages import CancelReason, Failed, PairTransport, Refused, Submit, TokenEvent
 from pdserve.contract.ports import Clock, EngineExecutor, Rpc
 from pdserve.contract.tokens import pack_tokens
 from pdserve.contract.work import (
@@ -133,17 +133,21 @@ class DecodeLoop:
             self._arrivals.start(request, submit.prefill)
         self._work.set()
 
-    def cancel(self, sink: TokenSink, number: SubmitNumber) -> None:
+    def cancel(self, sink: TokenSink, number: SubmitNumber, reason: CancelReason) -> None:
         """The router does not want a submission any more. It may have ended already."""
         request = self._requests.get(sink, number)
         if request is not None:
-            self._end(request, ErrorCode.CANCELLED.value)
+            self._end(request, reason.value)
 
     def drop(self, sink: TokenSink) -> None:
         """A Session has broken: cancel all that came through it."""
         for request in self._requests:
             if request.sink is sink:
                 self._end(request, ErrorCode.CANCELLED.value)
+
+    def held(self, sink: TokenSink) -> tuple[SubmitNumber, ...]:
+        """What came through a Session and has not ended."""
+        return tuple(request.number for request in self._requests if request.sink is sink)
 
     # What the worker tells.
 

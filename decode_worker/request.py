@@ -6,7 +6,7 @@ from typing import Protocol
 
 from pdserve.contract.block_names import ChainRoot, blocks_for
 from pdserve.contract.ids import SubmitNumber
-from pdserve.contract.messages import Failed, Refused, RequestTimings, Submit, TokenEvent
+from pdserve.contract.messages import Alone, Failed, Refused, RequestTimings, Submit, TokenEvent
 from pdserve.contract.sampling import FinishReason, finish_reason
 from pdserve.contract.tokens import num_tokens, pack_tokens, slice_tokens
 from pdserve.contract.work import SampledToken, SampleRequest, SequenceStep
@@ -27,7 +27,7 @@ class TokenSink(Protocol):
         """Send what was emitted, as one frame."""
         ...
 
-    def answer(self, message: Refused | Failed) -> None: ...
+    def answer(self, message: Refused | Failed | Alone) -> None: ...
 
 
 class Phase(StrEnum):

@@ -1,4 +1,8 @@
-"""The routers' Session streams: submissions in, one frame per engine step out."""
+"""The routers' Session streams: submissions in, one frame per engine step out.
+
+Once a second a Session says what the worker holds of its router (`Holding`). So both notice within seconds
+when a message was lost: a Submit that never came, a Cancel, a Failed or the last Frame.
+"""
 
 import asyncio
 import logging
@@ -9,10 +13,14 @@ from decode_worker.request import TokenSink
 from pdserve.contract.errors import ProtocolViolation, Replayed, StaleIncarnation
 from pdserve.contract.ids import Incarnation, RouterId, SubmitNumber
 from pdserve.contract.messages import (
+    SIGN_OF_LIFE_S,
+    Alone,
     Cancel,
+    CancelReason,
     End,
     Failed,
     Frame,
+    Holding,
     Refused,
     RequestTimings,
     SessionDown,
@@ -21,7 +29,8 @@ from pdserve.contract.messages import (
     Submit,
     TokenEvent,
 )
-from pdserve.contract.ports import MessageStream
+from pdserve.contract.ports import Clock, MessageStream
+from pdserve.metrics import WorkerMetrics
 from pdserve.tasks import task_scope
 
 log = logging.getLogger(__name__)
@@ -34,8 +43,9 @@ class Submissions(Protocol):
     """What a Session needs of the worker's loop."""
 
     def submit(self, sink: TokenSink, submit: Submit) -> None: ...
-    def cancel(self, sink: TokenSink, number: SubmitNumber) -> None: ...
+    def cancel(self, sink: TokenSink, number: SubmitNumber, reason: CancelReason) -> None: ...
     def drop(self, sink: TokenSink) -> None: ...
+    def held(self, sink: TokenSink) -> tuple[SubmitNumber, ...]: ...
 
 
 class RouterSession:
@@ -60,12 +70,15 @@ class RouterSession:
             self._events, self._timings = [], []
             self._put(frame)
 
-    def answer(self, message: Refused | Failed) -> None:
+    def answer(self, message: Refused | Failed | Alone) -> None:
         self._put(message)
 
     def cut(self) -> None:
         """Break the stream: a newer Session of the same router has come."""
         self._give_up()
+
+    def say_holding(self, numbers: tuple[SubmitNumber, ...]) -> None:
+        self._put(Holding(self.last_submit, numbers))
 
     def _put(self, message: SessionDown) -> None:
         try:
@@ -78,9 +91,13 @@ class RouterSession:
 class SessionServer:
     """Serves the Session streams of one decode worker."""
 
-    def __init__(self, incarnation: Incarnation, submissions: Submissions) -> None:
+    def __init__(
+        self, incarnation: Incarnation, submissions: Submissions, clock: Clock, metrics: WorkerMetrics
+    ) -> None:
         self._incarnation = incarnation
         self._submissions = submissions
+        self._clock = clock
+        self._metrics = metrics
         self._sessions: dict[Incarnation, RouterSession] = {}  # router incarnation -> its open Session
         self._numbers: dict[Incarnation, int] = {}  # router incarnation -> number of its newest Session
 
@@ -100,8 +117,10 @@ class SessionServer:
             await stream.send(SessionReady(self._incarnation))
             async with task_scope() as tasks:
                 writer = tasks.create_task(self._write(stream, session))
+                teller = tasks.create_task(self._tell_holdings(session))
                 await self._read(stream, session)
                 writer.cancel()
+                teller.cancel()
             await stream.send(End())
         finally:
             self._leave(opened.router_incarnation, session)
@@ -132,16 +151,28 @@ class SessionServer:
         while True:
             match await stream.receive():
                 case Submit() as submit:
-                    if submit.number <= session.last_submit:
-                        raise Replayed(f"Submit {submit.number} came after Submit {session.last_submit}")
-                    session.last_submit = submit.number
-                    self._submissions.submit(session, submit)
-                case Cancel(number):
-                    self._submissions.cancel(session, number)
+                    self._take(session, submit)
+                case Cancel(number, reason):
+                    self._submissions.cancel(session, number, reason)
+                case SessionOpen():
+                    self._metrics.count_stale(SessionOpen)
                 case End():
                     return
                 case other:
                     raise ProtocolViolation(f"{type(other).__name__} does not belong on a Session")
+
+    def _take(self, session: RouterSession, submit: Submit) -> None:
+        """A number counts once. One that comes late, after a higher one, may have been given up already."""
+        if submit.number <= session.last_submit:
+            self._metrics.count_stale(Submit)
+        else:
+            session.last_submit = submit.number
+            self._submissions.submit(session, submit)
+
+    async def _tell_holdings(self, session: RouterSession) -> None:
+        while True:
+            await self._clock.sleep(SIGN_OF_LIFE_S)
+            session.say_holding(self._submissions.held(session))
 
     @staticmethod
     async def _write(stream: MessageStream, session: RouterSession) -> None:

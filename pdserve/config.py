@@ -244,6 +244,12 @@ class RouterConfig(_Section):
     """The gRPC API; 0 picks a free port, `null` turns it off."""
     queue_timeout_s: PositiveSeconds = 60.0
     """How long a request without a deadline waits for a worker that can take it."""
+    first_token_timeout_s: PositiveSeconds = 600.0
+    """An attempt without its first token is given up after so long and the request placed again, even while
+    its worker says that it has it. Longer than any queue and prompt should take."""
+    stall_timeout_s: PositiveSeconds = 60.0
+    """An attempt without its next token is given up after so long and the request placed again. A hung engine
+    ends sooner by itself."""
     admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
     """How much one router takes in."""
     limits: LimitsConfig = Field(default_factory=LimitsConfig)

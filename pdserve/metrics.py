@@ -61,8 +61,16 @@ class WorkerMetrics:
         )
         self._requests = Counter(
             "pdserve_worker_requests",
-            "Requests that ended here, by outcome; cancelled: the router did not want it any more.",
+            "Requests that ended here, by outcome: a finish reason, an error code, or why their router "
+            "cancelled them (cancelled: the client left, or the router is gone; stop: a stop string; "
+            "unknown: a Cancel was lost).",
             ["pool", "outcome"],
+            registry=registry,
+        )
+        self._stale = Counter(
+            "pdserve_stale_messages",
+            "Messages that came twice, too late or out of order and changed nothing, by kind.",
+            ["pool", "kind"],
             registry=registry,
         )
         self._prefill_calls = Counter(
@@ -158,6 +166,10 @@ class WorkerMetrics:
     def count_refused_call(self, reason: ErrorCode) -> None:
         self._refused_calls.labels(self._labels["pool"], reason.value).inc()
 
+    def count_stale(self, kind: type) -> None:
+        """A message of that kind was dropped."""
+        self._stale.labels(self._labels["pool"], kind.__name__).inc()
+
     def count_prefill_call(self, outcome: str) -> None:
         """`outcome` is ``sealed`` or an error code."""
         self._prefill_calls.labels(self._labels["pool"], outcome).inc()
@@ -218,7 +230,7 @@ class RouterMetrics:
         )
         self._requests = Counter(
             "pdserve_router_requests",
-            "Requests that ended, by outcome; cancelled: the client left, or its stop string was found.",
+            "Requests that ended, by outcome: a finish reason or an error code; cancelled: the client left.",
             ["outcome"],
             registry=registry,
         )
@@ -226,6 +238,13 @@ class RouterMetrics:
             "pdserve_router_recoveries",
             "Requests placed again after an attempt failed, by cause.",
             ["cause"],
+            registry=registry,
+        )
+        self._stale = Counter(
+            "pdserve_router_stale_messages",
+            "Messages of workers and the controller that came twice, too late or out of order and changed "
+            "nothing, by kind.",
+            ["kind"],
             registry=registry,
         )
         self._open_requests = Gauge(
@@ -249,6 +268,10 @@ class RouterMetrics:
 
     def count_recovery(self, cause: ErrorCode) -> None:
         self._recoveries.labels(cause.value).inc()
+
+    def count_stale(self, kind: type) -> None:
+        """A message of that kind was dropped."""
+        self._stale.labels(kind.__name__).inc()
 
     def on_request_start(self, api: str) -> None:
         """Part of `router.api_settings.RequestObserver`."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from pdserve.contract.errors import ClientTooSlow, DeadlineExceeded, StreamBroken
 from pdserve.contract.ids import RequestId
-from pdserve.contract.messages import RequestTimings
+from pdserve.contract.messages import CancelReason, RequestTimings
 from pdserve.contract.ports import Clock
 from pdserve.contract.sampling import FinishReason
 from pdserve.contract.tokens import BYTES_PER_TOKEN, TokenBytes, num_tokens, slice_tokens, unpack_tokens
@@ -21,7 +21,7 @@ from pdserve.contract.work import TokenLogprobs
 from pdserve.tasks import task_scope
 from router.detokenize import CONTEXT_TOKENS, OutputText
 from router.intake import ChoiceJob, Job
-from router.requests import Desk, OutputDelta
+from router.requests import Closing, Desk, OutputDelta
 from router.text import TextModel
 from router.unread import Unread
 
@@ -58,24 +58,27 @@ async def running_job(
     """
     started_at = clock.now()
     unread = Unread(len(job.choices), max_unread_tokens)
+    closings = [Closing() for _ in job.choices]
     async with task_scope() as tasks:
         readers = [
-            tasks.create_task(_read(desk, request_id, choice, unread))
-            for request_id, choice in zip(request_ids, job.choices, strict=True)
+            tasks.create_task(_read(desk, request_id, choice, unread, closing))
+            for request_id, choice, closing in zip(request_ids, job.choices, closings, strict=True)
         ]
         deadline = tasks.create_task(_keep_deadline(job.deadline_s, started_at, clock, readers))
-        async with aclosing(_pieces(job, unread, readers, text_model)) as pieces:
+        async with aclosing(_pieces(job, unread, readers, closings, text_model)) as pieces:
             yield pieces
         for task in (deadline, *readers):
             task.cancel()
 
 
-async def _read(desk: Desk, request_id: RequestId, choice: ChoiceJob, unread: Unread) -> None:
+async def _read(
+    desk: Desk, request_id: RequestId, choice: ChoiceJob, unread: Unread, closing: Closing
+) -> None:
     """Put a choice's tokens where the client takes them. An error follows them there, unless the client must
     not be waited for any more: that one is raised."""
     error: Exception | None = None
     try:
-        await _read_all(desk, request_id, choice, unread)
+        await _read_all(desk, request_id, choice, unread, closing)
     except Exception as failure:
         error = failure
         if isinstance(failure, ClientTooSlow | DeadlineExceeded):
@@ -84,11 +87,17 @@ async def _read(desk: Desk, request_id: RequestId, choice: ChoiceJob, unread: Un
         unread.end(error)
 
 
-async def _read_all(desk: Desk, request_id: RequestId, choice: ChoiceJob, unread: Unread) -> None:
+async def _read_all(
+    desk: Desk, request_id: RequestId, choice: ChoiceJob, unread: Unread, closing: Closing
+) -> None:
     finished = False
-    async with aclosing(desk.generate(request_id, choice.request)) as deltas:
+    async with aclosing(desk.generate(request_id, choice.request, closing)) as deltas:
         async for delta in deltas:
-            unread.put(choice.index, delta)
+            try:
+                unread.put(choice.index, delta)
+            except ClientTooSlow:
+                closing.reason = CancelReason.CLIENT_TOO_SLOW
+                raise
             finished = delta.finish is not None
     if not finished:
         raise StreamBroken(f"request {request_id} ended without a reason to finish")
@@ -107,7 +116,11 @@ async def _keep_deadline(
 
 
 async def _pieces(
-    job: Job, unread: Unread, readers: Sequence["asyncio.Task[None]"], text_model: TextModel
+    job: Job,
+    unread: Unread,
+    readers: Sequence["asyncio.Task[None]"],
+    closings: Sequence[Closing],
+    text_model: TextModel,
 ) -> AsyncGenerator[ChoicePiece, None]:
     outputs = [_choice_text(choice, text_model) for choice in job.choices]
     stopped: set[int] = set()
@@ -118,6 +131,7 @@ async def _pieces(
         piece = _piece(index, delta, outputs[index])
         if piece.finish is not None:
             stopped.add(index)
+            closings[index].reason = CancelReason.STOP_STRING
             readers[index].cancel()  # after a stop string the work behind it goes on
         yield piece
 

@@ -56,6 +56,8 @@ _STATUSES = {
     ErrorCode.CLIENT_TOO_SLOW: grpc.StatusCode.ABORTED,
     ErrorCode.PREEMPTED: grpc.StatusCode.UNAVAILABLE,
     ErrorCode.WORKER_LOST: grpc.StatusCode.UNAVAILABLE,
+    ErrorCode.STALLED: grpc.StatusCode.UNAVAILABLE,
+    ErrorCode.POISONOUS: grpc.StatusCode.INTERNAL,
     ErrorCode.PREFILL_FAILED: grpc.StatusCode.UNAVAILABLE,
 }
 

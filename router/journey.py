@@ -20,14 +20,21 @@ from pdserve.contract.errors import (
     ErrorCode,
     ErrorInfo,
     PdserveError,
-    ProtocolViolation,
+    Stalled,
     Unavailable,
     error_from_info,
 )
 from pdserve.contract.ids import BlockHash, RequestId, SubmitNumber, WorkerId
-from pdserve.contract.messages import PrefillSource, RequestTimings, Role, Submit
+from pdserve.contract.messages import (
+    CancelReason,
+    PrefillSource,
+    RequestTimings,
+    Role,
+    Submit,
+    TokenEvent,
+)
 from pdserve.contract.ports import Clock, Rng
-from pdserve.contract.tokens import BYTES_PER_TOKEN, num_tokens
+from pdserve.contract.tokens import num_tokens, slice_tokens
 from pdserve.contract.work import ModelInfo
 from pdserve.metrics import RouterMetrics
 from router.admission import Admission
@@ -35,7 +42,7 @@ from router.bounds import check_length
 from router.fleet import Booked, Fleet, WorkerView
 from router.links import Links, Submission, SubmissionEnd, SubmissionTokens
 from router.placement import Candidate, Placement, choose
-from router.requests import GenerateRequest, OutputDelta
+from router.requests import Closing, GenerateRequest, OutputDelta
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +66,7 @@ class Progress:
     seed: int
     admitted_at: float
     deadline_at: float | None
+    closing: Closing
     names: list[BlockHash] = field(default_factory=list)  # of the prompt's full blocks
     output: bytearray = field(default_factory=bytearray)  # tokens that the client has
     attempt: int = 0
@@ -72,9 +80,14 @@ class Progress:
         return num_tokens(self.request.prompt_tokens)
 
     @property
+    def num_output(self) -> int:
+        """Output tokens that the client has."""
+        return num_tokens(self.output)
+
+    @property
     def num_known(self) -> int:
         """Prompt and output so far."""
-        return self.num_prompt + num_tokens(self.output)
+        return self.num_prompt + self.num_output
 
     @property
     def most_tokens(self) -> int:
@@ -106,11 +119,12 @@ class Journey:
         self._live: set[Progress] = set()
 
     async def generate(
-        self, request_id: RequestId, request: GenerateRequest
+        self, request_id: RequestId, request: GenerateRequest, closing: Closing | None = None
     ) -> AsyncGenerator[OutputDelta, None]:
-        """Serve one request. Closing the generator cancels it everywhere. Raises PdserveError subclasses."""
-        progress = self._admit(request_id, request)
-        outcome = ErrorCode.CANCELLED.value
+        """Serve one request. Closing the generator cancels it everywhere; `closing` says why. Raises
+        PdserveError subclasses."""
+        progress = self._admit(request_id, request, closing or Closing())
+        outcome: str | None = None
         try:
             async with aclosing(self._attempts(progress)) as deltas:
                 async for delta in deltas:
@@ -121,9 +135,9 @@ class Journey:
             outcome = error.info.code.value
             raise
         finally:
-            self._leave(progress, outcome)
+            self._leave(progress, outcome or progress.closing.reason.value)
 
-    def _admit(self, request_id: RequestId, request: GenerateRequest) -> Progress:
+    def _admit(self, request_id: RequestId, request: GenerateRequest, closing: Closing) -> Progress:
         self._admission.enter(num_tokens(request.prompt_tokens))
         self._metrics.running_requests.inc()
         self._metrics.prompt_tokens.inc(num_tokens(request.prompt_tokens))
@@ -134,6 +148,7 @@ class Journey:
             seed=self._rng.random_bits(63) if request.seed is None else request.seed,
             admitted_at=now,
             deadline_at=None if request.deadline_s is None else now + request.deadline_s,
+            closing=closing,
         )
         self._live.add(progress)
         return progress
@@ -231,6 +246,7 @@ class Journey:
             lambda number: self._submit(number, progress, placement)
         )
         booking = self._book(progress, placement, submission.number)
+        failed: CancelReason | None = None
         try:
             while True:
                 event = await self._next_event(progress, submission)
@@ -238,12 +254,18 @@ class Journey:
                     self._note_failure(placement, event)
                     raise error_from_info(event.error)
                 booking.prefill_is_done()
-                self._observe(progress, event)
-                yield _accept(progress, event)
-                if event.event.finish is not None:
-                    return
+                new = self._unseen(progress, event.event)
+                if new is not None:
+                    self._observe(progress, event)
+                    progress.output += new.tokens
+                    yield OutputDelta(new.tokens, new.logprobs, new.finish, event.timings)
+                    if new.finish is not None:
+                        return
+        except PdserveError as error:
+            failed = CancelReason.DEADLINE if isinstance(error, DeadlineExceeded) else CancelReason.STALLED
+            raise
         finally:
-            submission.cancel()
+            submission.cancel(failed or progress.closing.reason)
             booking.clear()
 
     def _submit(self, number: SubmitNumber, progress: Progress, placement: Placement) -> Submit:
@@ -296,6 +318,21 @@ class Journey:
                 "see what they are doing with pdserve status",
                 retry_after_s=1.0,
             ) from None
+
+    def _unseen(self, progress: Progress, event: TokenEvent) -> TokenEvent | None:
+        """What of an event the client does not have yet; None when it came twice. Raises Stalled when tokens
+        before it never came."""
+        num_seen = progress.num_output - event.first_index
+        num = num_tokens(event.tokens)
+        if num_seen < 0:
+            raise Stalled(f"output token {event.first_index} came where {progress.num_output} was due")
+        if num_seen == 0:
+            return event
+        self._metrics.count_stale(TokenEvent)
+        if num_seen >= num:
+            return None
+        new = slice_tokens(event.tokens, num_seen, num)
+        return event._replace(first_index=progress.num_output, tokens=new, logprobs=event.logprobs[num_seen:])
 
     def _note_failure(self, placement: Placement, event: SubmissionEnd) -> None:
         if event.lost_source and placement.prefill is not None:
@@ -367,16 +404,6 @@ class _Waiting:
     def __exit__(self, *exc_info: object) -> None:
         self._metrics.waiting_requests.dec()
         self._metrics.waiting_tokens.dec(self._num)
-
-
-def _accept(progress: Progress, tokens: SubmissionTokens) -> OutputDelta:
-    """Take an attempt's next tokens over into the output. Raises ProtocolViolation for a gap or a repeat."""
-    event = tokens.event
-    expected = len(progress.output) // BYTES_PER_TOKEN
-    if event.first_index != expected:
-        raise ProtocolViolation(f"output token {event.first_index} came where {expected} was due")
-    progress.output += event.tokens
-    return OutputDelta(event.tokens, event.logprobs, event.finish, tokens.timings)
 
 
 def _deadline_error() -> PdserveError:

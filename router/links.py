@@ -1,7 +1,9 @@
 """The router's streams to one worker: Watch, and for workers that decode the Session.
 
 Both live and die together: when either breaks, the worker is lost, every submission it had fails with
-WORKER_LOST, and the link tries again as long as the worker is a member.
+WORKER_LOST, and the link tries again as long as the worker is a member. A worker says something every second
+on both; silence is death. What it says it holds (`Holding`) is compared with what was submitted, so that
+nobody waits for what was lost on the way.
 """
 
 import asyncio
@@ -16,17 +18,21 @@ from pdserve.contract.errors import (
     ErrorInfo,
     PdserveError,
     ProtocolViolation,
+    Stalled,
     Unauthenticated,
     WorkerLost,
     error_from_info,
 )
 from pdserve.contract.ids import Incarnation, RouterId, SubmitNumber, WorkerId
 from pdserve.contract.messages import (
+    SILENCE_S,
     Cancel,
+    CancelReason,
     End,
     Failed,
     Frame,
     Hello,
+    Holding,
     Members,
     Refused,
     Report,
@@ -40,6 +46,7 @@ from pdserve.contract.messages import (
     WatchOpen,
 )
 from pdserve.contract.ports import Call, Clock, MessageStream, Rpc
+from pdserve.metrics import RouterMetrics
 from pdserve.tasks import cancel_and_wait, task_scope
 from router.fleet import Fleet, WorkerView
 
@@ -50,6 +57,19 @@ LAST_RETRY_S = 2.0
 
 _NEVER_HEALS = (ProtocolViolation, Unauthenticated, ConfigError)
 """Errors that an operator must hear of, because trying again will not help."""
+
+SUBMIT_TIMEOUT_S = 10.0
+"""How long a worker may take to say that it has taken a Submit."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSettings:
+    """When an attempt is given up although its worker says that it has it."""
+
+    first_token_timeout_s: float = 600.0
+    """Without its first token for so long. It may well wait in queues, so this is long."""
+    stall_timeout_s: float = 60.0
+    """Without its next token for so long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,22 +96,33 @@ class SubmissionTokens:
 class Submission:
     """One attempt of a request at one decode worker."""
 
-    def __init__(self, number: SubmitNumber, cancel: "Callable[[Submission], None]") -> None:
+    def __init__(
+        self, number: SubmitNumber, now: float, cancel: "Callable[[Submission, CancelReason], None]"
+    ) -> None:
         self.number = number
+        self.submitted_at = now
+        self.last_token_at: float | None = None
         # Whoever reads this never waits for a client (see `router.choices`), so it stays short.
         self.events: asyncio.Queue[SubmissionTokens | SubmissionEnd] = asyncio.Queue()
         self._cancel = cancel
 
-    def cancel(self) -> None:
+    def cancel(self, reason: CancelReason) -> None:
         """Stop it at the worker. Idempotent; harmless when it has ended."""
-        self._cancel(self)
+        self._cancel(self, reason)
 
 
 class WorkerLink:
     """Keeps the streams to one worker open. `run` lasts as long as the worker is a member."""
 
     def __init__(
-        self, router: RouterIdentity, view: WorkerView, fleet: Fleet, rpc: Rpc, clock: Clock
+        self,
+        router: RouterIdentity,
+        view: WorkerView,
+        fleet: Fleet,
+        rpc: Rpc,
+        clock: Clock,
+        metrics: RouterMetrics,
+        settings: LinkSettings,
     ) -> None:
         self._router = router
         self._view = view
@@ -99,6 +130,8 @@ class WorkerLink:
         self._rpc = rpc
         self._clock = clock
         self._num_sessions = 0
+        self._metrics = metrics
+        self._settings = settings
         self._num_submitted = 0
         self._submissions: dict[SubmitNumber, Submission] = {}
         self._outgoing: asyncio.Queue[SessionUp] = asyncio.Queue()
@@ -109,7 +142,7 @@ class WorkerLink:
             raise WorkerLost(f"{self._view.member.worker_id} is not connected")
         self._num_submitted += 1
         number = SubmitNumber(self._num_submitted)
-        submission = self._submissions[number] = Submission(number, self._cancel)
+        submission = self._submissions[number] = Submission(number, self._clock.now(), self._cancel)
         self._outgoing.put_nowait(make(number))
         return submission
 
@@ -146,23 +179,46 @@ class WorkerLink:
             await self._hold_session()
 
     async def _watch(self, greeted: asyncio.Event) -> None:
-        async with self._stream(Call.WATCH) as stream:
-            await stream.send(WatchOpen(str(self._router.router_id), self._router.incarnation))
-            while True:
-                match await stream.receive():
-                    case Hello() as hello:
-                        self._check(hello)
-                        self._fleet.hello(self._view, hello)
-                    case Report() as report:
-                        if not self._fleet.report(self._view, report, self._clock.now()):
-                            raise ProtocolViolation("the prefix index lost count; starting from a snapshot")
-                        greeted.set()
-                    case other:
-                        raise _unexpected(other)
+        """Follow the worker's reports; when the index has lost count of its names, from a snapshot on."""
+        while True:
+            async with self._stream(Call.WATCH) as stream:
+                await stream.send(WatchOpen(str(self._router.router_id), self._router.incarnation))
+                self._take_hello(await self._next(stream))
+                while self._take_report(await self._next(stream)):
+                    greeted.set()
+            log.warning("the prefix index lost count of %s; starting anew", self._view.member.worker_id)
+            await self._clock.sleep(FIRST_RETRY_S)
+
+    def _take_hello(self, message: object) -> None:
+        if not isinstance(message, Hello):
+            raise _unexpected(message)
+        self._check(message)
+        self._fleet.hello(self._view, message)
+
+    def _take_report(self, message: object) -> bool:
+        """False when the index does not agree with the worker any more."""
+        match message:
+            case Hello():
+                self._metrics.count_stale(Hello)
+            case Report(incarnation) if incarnation != self._view.member.incarnation:
+                self._metrics.count_stale(Report)
+            case Report() as report:
+                return self._fleet.report(self._view, report, self._clock.now())
+            case other:
+                raise _unexpected(other)
+        return True
+
+    async def _next(self, stream: MessageStream) -> object:
+        """The next message. Raises WorkerLost when none comes for too long."""
+        try:
+            async with self._clock.timeout(SILENCE_S):
+                return await stream.receive()
+        except TimeoutError:
+            raise WorkerLost(f"{self._view.member.worker_id} said nothing for {SILENCE_S:g} s") from None
 
     def _check(self, hello: Hello) -> None:
         if hello.incarnation != self._view.member.incarnation:
-            raise WorkerLost(f"{hello.worker_id} was restarted; waiting for the controller's word")
+            raise self._restarted()
         if hello.root_digest != ChainRoot(hello.model.fingerprint).digest:
             raise ProtocolViolation(
                 f"{hello.worker_id} names blocks in another way than this router: "
@@ -184,11 +240,15 @@ class WorkerLink:
                 tasks.create_task(self._write(stream))
                 await self._read(stream)
 
-    @staticmethod
-    async def _await_ready(stream: MessageStream) -> None:
-        answer = await stream.receive()
+    async def _await_ready(self, stream: MessageStream) -> None:
+        answer = await self._next(stream)
         if not isinstance(answer, SessionReady):
             raise _unexpected(answer)
+        if answer.worker_incarnation != self._view.member.incarnation:
+            raise self._restarted()
+
+    def _restarted(self) -> WorkerLost:
+        return WorkerLost(f"{self._view.member.worker_id} was restarted; waiting for the controller's word")
 
     async def _write(self, stream: MessageStream) -> None:
         while True:
@@ -196,13 +256,17 @@ class WorkerLink:
 
     async def _read(self, stream: MessageStream) -> None:
         while True:
-            match await stream.receive():
+            match await self._next(stream):
                 case Frame(_, events, timings):
                     self._deliver(events, dict(timings))
                 case Refused(number, error):
                     self._finish(number, SubmissionEnd(error))
                 case Failed(number, error, lost_source):
                     self._finish(number, SubmissionEnd(error, lost_source))
+                case Holding(last_submit, numbers):
+                    self._compare(last_submit, set(numbers))
+                case SessionReady():
+                    self._metrics.count_stale(SessionReady)
                 case other:
                     raise _unexpected(other)
 
@@ -213,18 +277,50 @@ class WorkerLink:
             if event.finish is not None:
                 self._finish(event.number, tokens)
             elif event.number in self._submissions:  # else it was cancelled a moment ago
-                self._submissions[event.number].events.put_nowait(tokens)
+                submission = self._submissions[event.number]
+                submission.last_token_at = now
+                submission.events.put_nowait(tokens)
 
     def _finish(self, number: SubmitNumber, last: SubmissionTokens | SubmissionEnd) -> None:
         submission = self._submissions.pop(number, None)
         if submission is not None:
             submission.events.put_nowait(last)
 
-    def _cancel(self, submission: Submission) -> None:
+    def _compare(self, last_submit: SubmitNumber, held: set[SubmitNumber]) -> None:
+        """Let nobody wait for what the worker does not have, nor the worker work on what nobody wants."""
+        for number in sorted(held - self._submissions.keys()):
+            self._outgoing.put_nowait(Cancel(number, CancelReason.UNKNOWN_HERE))
+        for submission in list(self._submissions.values()):
+            why = self._why_lost(submission, last_submit, held)
+            if why:
+                self._give_up(submission, why)
+
+    def _why_lost(
+        self, submission: Submission, last_submit: SubmitNumber, held: set[SubmitNumber]
+    ) -> str | None:
+        """Why nothing more is to be expected of a submission."""
+        now, settings = self._clock.now(), self._settings
+        waited_s = now - submission.submitted_at
+        if submission.number not in held:
+            if submission.number <= last_submit:
+                return "does not have the submission any more"
+            return "has not taken the submission" if waited_s >= SUBMIT_TIMEOUT_S else None
+        if submission.last_token_at is None:
+            late = waited_s >= settings.first_token_timeout_s
+            return f"has brought no token for {waited_s:.0f} s" if late else None
+        silent_s = now - submission.last_token_at
+        return f"has brought no token for {silent_s:.0f} s" if silent_s >= settings.stall_timeout_s else None
+
+    def _give_up(self, submission: Submission, why: str) -> None:
+        self._cancel(submission, CancelReason.STALLED)
+        error = Stalled(f"{self._view.member.worker_id} {why}")
+        submission.events.put_nowait(SubmissionEnd(error.info))
+
+    def _cancel(self, submission: Submission, reason: CancelReason) -> None:
         # Numbers start again with each Session: only what this very submission still has is cancelled.
         if self._submissions.get(submission.number) is submission:
             del self._submissions[submission.number]
-            self._outgoing.put_nowait(Cancel(submission.number))
+            self._outgoing.put_nowait(Cancel(submission.number, reason))
 
     def _lose(self) -> None:
         self._fleet.lost(self._view)
@@ -245,17 +341,30 @@ class WorkerLink:
 class Links:
     """One link per member, started and stopped as the membership changes."""
 
-    def __init__(self, router: RouterIdentity, fleet: Fleet, rpc: Rpc, clock: Clock) -> None:
+    def __init__(
+        self,
+        router: RouterIdentity,
+        fleet: Fleet,
+        rpc: Rpc,
+        clock: Clock,
+        metrics: RouterMetrics,
+        settings: LinkSettings,
+    ) -> None:
         self._router = router
         self._fleet = fleet
         self._rpc = rpc
         self._clock = clock
+        self._metrics = metrics
+        self._settings = settings
         self._links: dict[WorkerId, tuple[WorkerView, WorkerLink, asyncio.Task[None]]] = {}
 
     def __getitem__(self, worker_id: WorkerId) -> WorkerLink:
         return self._links[worker_id][1]
 
     def set_members(self, members: Members) -> None:
+        if members.epoch < self._fleet.epoch:
+            self._metrics.count_stale(Members)
+            return
         self._fleet.set_members(members)
         for worker_id, (view, _, task) in list(self._links.items()):
             if self._fleet.workers.get(worker_id) is not view:
@@ -263,8 +372,13 @@ class Links:
                 del self._links[worker_id]
         for worker_id, view in self._fleet.workers.items():
             if worker_id not in self._links:
-                link = WorkerLink(self._router, view, self._fleet, self._rpc, self._clock)
+                link = self._link_to(view)
                 self._links[worker_id] = (view, link, asyncio.create_task(link.run()))
+
+    def _link_to(self, view: WorkerView) -> WorkerLink:
+        return WorkerLink(
+            self._router, view, self._fleet, self._rpc, self._clock, self._metrics, self._settings
+        )
 
     def check_integrity(self) -> None:
         """Raises AssertionError when a link that is down still has submissions."""

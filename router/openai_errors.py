@@ -31,6 +31,8 @@ _KINDS = {
     ErrorCode.UNAVAILABLE: _Kind(503, _SERVER),
     ErrorCode.PREEMPTED: _Kind(503, _SERVER),
     ErrorCode.WORKER_LOST: _Kind(503, _SERVER),
+    ErrorCode.STALLED: _Kind(503, _SERVER),
+    ErrorCode.POISONOUS: _Kind(500, _SERVER),
     ErrorCode.PREFILL_FAILED: _Kind(503, _SERVER),
 }
 _INTERNAL = _Kind(500, _SERVER)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from pdserve.contract.ids import RequestId
-from pdserve.contract.messages import RequestTimings
+from pdserve.contract.messages import CancelReason, RequestTimings
 from pdserve.contract.sampling import FinishReason, SamplingParams
 from pdserve.contract.tokens import TokenBytes
 from pdserve.contract.work import ModelInfo, TokenLogprobs
@@ -36,6 +36,13 @@ class OutputDelta:
     """With the first delta of each attempt, as far as it is known then, and with the last, complete."""
 
 
+@dataclass(slots=True)
+class Closing:
+    """Why a request's generator is closed before its end; whoever closes it says so, for the metrics."""
+
+    reason: CancelReason = CancelReason.CLIENT_LEFT
+
+
 @dataclass(frozen=True, slots=True)
 class Readiness:
     """Whether requests can be served now, and if not, what is missing."""
@@ -57,6 +64,8 @@ class Desk(Protocol):
 
     def new_request_id(self) -> RequestId: ...
 
-    def generate(self, request_id: RequestId, request: GenerateRequest) -> AsyncGenerator[OutputDelta, None]:
+    def generate(
+        self, request_id: RequestId, request: GenerateRequest, closing: Closing | None = None
+    ) -> AsyncGenerator[OutputDelta, None]:
         """Serve one request. Closing the generator cancels it everywhere. Raises PdserveError subclasses."""
         ...

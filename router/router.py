@@ -13,14 +13,15 @@ from pdserve.metrics import RouterMetrics
 from router.admission import Admission, AdmissionLimits
 from router.fleet import Fleet
 from router.journey import Journey, JourneySettings
-from router.links import Links, RouterIdentity
-from router.requests import GenerateRequest, OutputDelta, Readiness
+from router.links import Links, LinkSettings, RouterIdentity
+from router.requests import Closing, GenerateRequest, OutputDelta, Readiness
 
 
 @dataclass(frozen=True, slots=True)
 class RouterSettings:
     admission: AdmissionLimits = field(default_factory=AdmissionLimits)
     journey: JourneySettings = field(default_factory=JourneySettings)
+    links: LinkSettings = field(default_factory=LinkSettings)
 
 
 class Router:
@@ -35,7 +36,7 @@ class Router:
         self.registry = CollectorRegistry()
         self.metrics = RouterMetrics(self.registry)
         self.fleet = Fleet()
-        self._links = Links(self.identity, self.fleet, rpc, clock)
+        self._links = Links(self.identity, self.fleet, rpc, clock, self.metrics, settings.links)
         self._journey = Journey(
             self.fleet, self._links, Admission(settings.admission), clock, rng, self.metrics, settings.journey
         )
@@ -63,8 +64,10 @@ class Router:
         self._num_requests += 1
         return RequestId(f"{self.identity.incarnation:016x}-{self._num_requests}")
 
-    def generate(self, request_id: RequestId, request: GenerateRequest) -> AsyncGenerator[OutputDelta, None]:
-        return self._journey.generate(request_id, request)
+    def generate(
+        self, request_id: RequestId, request: GenerateRequest, closing: Closing | None = None
+    ) -> AsyncGenerator[OutputDelta, None]:
+        return self._journey.generate(request_id, request, closing)
 
     def owners(self) -> dict[str, Callable[[], None]]:
         """Who owns something here, and how each checks itself (AssertionError when something is off)."""

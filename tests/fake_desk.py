@@ -10,7 +10,7 @@ from pdserve.contract.messages import RequestTimings
 from pdserve.contract.sampling import FinishReason
 from pdserve.contract.tokens import num_tokens, pack_tokens, unpack_tokens
 from pdserve.contract.work import ModelInfo, TokenLogprobs
-from router.requests import GenerateRequest, OutputDelta, Readiness
+from router.requests import Closing, GenerateRequest, OutputDelta, Readiness
 
 MODEL_INFO = ModelInfo(
     name="small-model",
@@ -98,7 +98,7 @@ class FakeDesk:
         return RequestId(f"fake-{self.num_ids}")
 
     async def generate(
-        self, request_id: RequestId, request: GenerateRequest
+        self, request_id: RequestId, request: GenerateRequest, closing: Closing | None = None
     ) -> AsyncGenerator[OutputDelta, None]:
         self.requests.append(request)
         self.running.add(request_id)

@@ -43,7 +43,7 @@ class MemorySystem:
         self._epoch = 0
         self.router = Router(
             RouterId("router-0"),
-            MemoryRpc(self.network, "router-0"),
+            self.rpc_of("router-0"),
             self.clock,
             self.rng,
             router_settings,
@@ -87,7 +87,7 @@ class MemorySystem:
         return InlineExecutor(engine, self.clock)
 
     def rpc_of(self, name: str) -> Rpc:
-        """How a worker that is being started reaches the others; tests may replace it by a worse one."""
+        """How a process that is being started reaches the others; tests may replace it by a worse one."""
         return MemoryRpc(self.network, name)
 
     def kill(self, name: str) -> Worker:

@@ -12,6 +12,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Metric
 
 from pdserve.contract.errors import ErrorCode
+from pdserve.contract.messages import Submit, TokenEvent
 from pdserve.contract.work import BlockCounts
 from pdserve.metrics import FaultMetrics, RouterMetrics, WorkerMetrics
 
@@ -64,6 +65,7 @@ def _worker_metrics() -> Iterable[Metric]:
     metrics.observe_overlap("grpc", hidden_s=0.0, exposed_s=0.0, share_ahead=0.0)
     metrics.follow_blocks(lambda: BlockCounts(free=0, cached=0, reserved=0, active=0))
     metrics.count_end("stop")
+    metrics.count_stale(Submit)
     metrics.count_prefill_call("sealed")
     metrics.count_refused_call(ErrorCode.UNAUTHENTICATED)
     return metrics.registry.collect()
@@ -73,6 +75,7 @@ def _router_metrics() -> Iterable[Metric]:
     metrics = RouterMetrics(CollectorRegistry())
     metrics.count_end("stop")
     metrics.count_recovery(ErrorCode.WORKER_LOST)
+    metrics.count_stale(TokenEvent)
     metrics.on_request_start("chat")
     metrics.on_request_end("chat", "ok", 200)
     metrics.follow_index_mismatches(lambda: 0)

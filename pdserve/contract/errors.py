@@ -20,6 +20,8 @@ class ErrorCode(StrEnum):
     CLIENT_TOO_SLOW = "client_too_slow"
     PREEMPTED = "preempted"
     WORKER_LOST = "worker_lost"
+    STALLED = "stalled"
+    POISONOUS = "poisonous"
     PREFILL_FAILED = "prefill_failed"
     TRANSFER_CORRUPT = "transfer_corrupt"
     FINGERPRINT_MISMATCH = "fingerprint_mismatch"
@@ -33,6 +35,7 @@ RETRYABLE = frozenset(
         ErrorCode.OVERLOADED,
         ErrorCode.PREEMPTED,
         ErrorCode.WORKER_LOST,
+        ErrorCode.STALLED,
         ErrorCode.PREFILL_FAILED,
         ErrorCode.TRANSFER_CORRUPT,
         ErrorCode.FINGERPRINT_MISMATCH,
@@ -126,6 +129,18 @@ class WorkerLost(PdserveError):
     code = ErrorCode.WORKER_LOST
 
 
+class Stalled(PdserveError):
+    """An attempt stopped making progress, or some of what was said about it never arrived."""
+
+    code = ErrorCode.STALLED
+
+
+class Poisonous(PdserveError):
+    """The request kills the worker that serves it, also when that serves nothing else."""
+
+    code = ErrorCode.POISONOUS
+
+
 class PrefillFailed(PdserveError):
     """The prefill call ended without a sealed KV cache."""
 
@@ -197,6 +212,8 @@ _BY_CODE: dict[ErrorCode, type[PdserveError]] = {
         ClientTooSlow,
         Preempted,
         WorkerLost,
+        Stalled,
+        Poisonous,
         PrefillFailed,
         TransferCorrupt,
         FingerprintMismatch,

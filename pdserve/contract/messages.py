@@ -3,10 +3,12 @@
 Three kinds of stream, each on its own HTTP/2 connection, and a fourth for KV bytes:
 
 - Session, router <-> decode worker, one long-lived per pair:
-  up `SessionOpen`, `Submit`, `Cancel`; down `SessionReady`, `Frame`, `Refused`, `Failed`.
+  up `SessionOpen`, `Submit`, `Cancel`; down `SessionReady`, `Frame`, `Refused`, `Failed`, `Alone`, and once a
+  second `Holding`.
 - Watch, worker -> router or controller: up `WatchOpen`; down `Hello`, then `Report`s.
 - Prefill, decode worker -> any worker that is to compute or already holds the prompt's KV:
-  up `PrefillOpen`, `Reserved` or `Busy`, `Ack`s; down `Starting`, `Segment`s, `FirstToken`, `Sealed`.
+  up `PrefillOpen`, `Reserved` or `Busy`, `Ack`s; down `Starting`, `Segment`s, `FirstToken`, `Sealed`,
+  and once a second `Working`.
 - Kv: raw bytes, only used by the gRPC transport.
 
 Every stream ends with `End` from each side that had something to say; a stream that stops without it is
@@ -24,6 +26,12 @@ from pdserve.contract.tokens import TokenBytes
 from pdserve.contract.work import BlockCounts, LayerRange, ModelInfo, PoolExport, TokenLogprobs
 
 PROTOCOL_VERSION = 1
+
+SIGN_OF_LIFE_S = 1.0
+"""How often a worker says on a Session what it holds, and on a Prefill call that it still works."""
+SILENCE_S = 10.0
+"""Whoever hears nothing for so long from a peer that says something every second gives the call up. Longer
+than a dead peer needs to be noticed (`pdserve.rpc.channel`): it is for messages that are lost."""
 
 
 class Role(StrEnum):
@@ -97,6 +105,21 @@ class Submit:
     deadline_ms: int | None = None
     """Remaining time; None when the client gave no deadline. When it has passed the decode worker ends the
     request by itself, and its Prefill call with it, so that call carries no deadline of its own."""
+    alone: bool = False
+    """It may have killed workers: the decode worker computes everything itself, beside nothing else."""
+
+
+class CancelReason(StrEnum):
+    """Why a router does not want a submission any more; the value is the outcome that metrics count."""
+
+    CLIENT_LEFT = "cancelled"
+    STOP_STRING = "stop"
+    CLIENT_TOO_SLOW = "client_too_slow"
+    DEADLINE = "deadline_exceeded"
+    STALLED = "stalled"
+    """The attempt was given up and the request placed again."""
+    UNKNOWN_HERE = "unknown"
+    """The router does not know the submission (any more): an earlier Cancel was lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +127,7 @@ class Cancel:
     """Stop serving a submission. No answer; nothing more arrives for it after what is on its way."""
 
     number: SubmitNumber
+    reason: CancelReason = CancelReason.CLIENT_LEFT
 
 
 class TokenEvent(NamedTuple):
@@ -170,8 +194,27 @@ class Failed:
     """The prefill side failed, not this worker; the router learns that the pair does not work."""
 
 
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """All that a decode worker has of a router; said every SIGN_OF_LIFE_S. What the router believes to be
+    there and is not named here was lost on the way, in one direction or the other."""
+
+    last_submit: SubmitNumber
+    """The newest Submit that has been taken."""
+    numbers: tuple[SubmitNumber, ...]
+    """Submissions that have not ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """A submission that is to run alone has begun to, or does not run alone any more."""
+
+    number: SubmitNumber
+    alone: bool
+
+
 SessionUp = SessionOpen | Submit | Cancel | End
-SessionDown = SessionReady | Frame | Refused | Failed | End
+SessionDown = SessionReady | Frame | Refused | Failed | Holding | Alone | End
 
 # Watch
 
@@ -365,8 +408,13 @@ class Sealed:
     """How long ago, when this was sent, the prompt's last forward pass had ended."""
 
 
+@dataclass(frozen=True, slots=True)
+class Working:
+    """Nothing new, but the call is alive; said every SIGN_OF_LIFE_S, also while the request waits."""
+
+
 PrefillUp = PrefillOpen | Reserved | Busy | Ack | End
-PrefillDown = Starting | Segment | FirstToken | Sealed | End
+PrefillDown = Starting | Segment | FirstToken | Sealed | Working | End
 
 Message = (
     SessionOpen
@@ -376,6 +424,8 @@ Message = (
     | Frame
     | Refused
     | Failed
+    | Holding
+    | Alone
     | WatchOpen
     | Hello
     | Report
@@ -387,6 +437,7 @@ Message = (
     | Ack
     | FirstToken
     | Sealed
+    | Working
     | End
     | bytes
 )

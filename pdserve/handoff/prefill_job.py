@@ -139,6 +139,11 @@ class PrefillJob:
         return self._shipping.next(window, max_block_layers)
 
     @property
+    def num_unacknowledged(self) -> int:
+        """Segments that were sent and neither acknowledged nor asked for again."""
+        return self._shipping.num_unacknowledged
+
+    @property
     def num_segments(self) -> int:
         return self._shipping.num_segments
 

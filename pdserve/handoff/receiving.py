@@ -11,6 +11,9 @@ The life of one fetch:
 5. When `Sealed` has come and every segment is verified, nothing writes to the blocks any more and the
    listener is told: now the sequence may start.
 6. `End` goes both ways. However the call ends, when `run` has returned nothing of it is left.
+
+The source says something every second (`Working` when there is nothing else): a call whose source is silent
+is given up.
 """
 
 import asyncio
@@ -20,8 +23,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pdserve.contract.block_names import ChainRoot
-from pdserve.contract.errors import ProtocolViolation, TransferCorrupt, error_from_info
+from pdserve.contract.errors import ProtocolViolation, StreamBroken, TransferCorrupt, error_from_info
 from pdserve.contract.messages import (
+    SILENCE_S,
     Ack,
     Busy,
     End,
@@ -32,6 +36,7 @@ from pdserve.contract.messages import (
     Segment,
     Starting,
     TransportChoice,
+    Working,
 )
 from pdserve.contract.ports import Call, Clock, MessageStream, Rpc
 from pdserve.contract.tokens import num_tokens
@@ -118,6 +123,7 @@ class PrefillFetch:
         self._announced: set[int] = set()  # segment indexes
         self._proof = Proof(0, num_layers, 0)  # until the prompt is reserved
         self._times = TransferTimes()
+        self._has_first_token = False
         self._sealed: Sealed | None = None
         self._computed_at = 0.0  # the prompt's last forward pass ended, known once Sealed has come
         self._proven = asyncio.Event()  # all of it is verified
@@ -140,11 +146,22 @@ class PrefillFetch:
         finally:
             stream.cancel()
 
+    async def _next(self, stream: MessageStream) -> object:
+        """The source's next message but signs of life. Raises StreamBroken when it is silent for too long."""
+        while True:
+            try:
+                async with self._clock.timeout(SILENCE_S):
+                    message = await stream.receive()
+            except TimeoutError:
+                raise StreamBroken(f"{self._address} said nothing for {SILENCE_S:g} s") from None
+            if not isinstance(message, Working):
+                return message
+
     async def _until_room(self, stream: MessageStream) -> tuple[TransportChoice, int]:
         """Until the source is about to start and the whole prompt is reserved here: the transport, and how
         many leading blocks are here already."""
         while True:
-            match await stream.receive():
+            match await self._next(stream):
                 case Starting(transport, cached_tokens):
                     answer = self._listener.reserve()
                     if isinstance(answer, int):
@@ -178,11 +195,13 @@ class PrefillFetch:
     async def _read(self, stream: MessageStream) -> None:
         """Nothing here waits for a copy."""
         while True:
-            match await stream.receive():
+            match await self._next(stream):
                 case Segment() as segment:
                     self._announce(segment)
                 case FirstToken() as first:
-                    self._listener.first_token(first, self.stats)
+                    self._pass_on(first)
+                case Sealed() if self._sealed is not None:
+                    self._metrics.count_stale(Sealed)
                 case Sealed() as sealed:
                     self._require_all_announced(sealed)
                     self._sealed = sealed
@@ -206,20 +225,24 @@ class PrefillFetch:
 
     def _require_all_announced(self, sealed: Sealed) -> None:
         """Else this end would wait for ever for what will not come."""
-        if self._sealed is not None or sealed.num_segments != len(self._announced):
+        if sealed.num_segments != len(self._announced):
             raise ProtocolViolation(
                 f"the source sealed {sealed.num_segments} segments and has announced {len(self._announced)}"
             )
 
-    @staticmethod
-    async def _until_end(stream: MessageStream) -> None:
-        match await stream.receive():
-            case End(None):
-                return
-            case End(error) if error is not None:
-                raise error_from_info(error)
-            case other:
-                raise ProtocolViolation(f"{type(other).__name__} came after everything was verified")
+    def _pass_on(self, first: FirstToken) -> None:
+        if self._has_first_token:
+            self._metrics.count_stale(FirstToken)
+        else:
+            self._has_first_token = True
+            self._listener.first_token(first, self.stats)
+
+    async def _until_end(self, stream: MessageStream) -> None:
+        """Nothing but End matters any more: what was said twice is dropped."""
+        while not isinstance(message := await self._next(stream), End):
+            self._metrics.count_stale(type(message))
+        if message.error is not None:
+            raise error_from_info(message.error)
 
     async def _copy_segments(self, stream: MessageStream, receiver: SegmentReceiver) -> None:
         asked_again: set[int] = set()

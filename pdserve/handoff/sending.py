@@ -12,6 +12,9 @@ The life of one call here:
 5. `Sealed` follows the last segment. The decode worker acknowledges, asks again for what arrived corrupt,
    and sends its End; ours answers it.
 6. However the call ends, `serve` gives the job's blocks back: the named ones stay as prefix cache.
+
+All the while the decode worker is told once a second that the call is alive (`Working`), and what it owes is
+waited for with a bound: a message that is lost ends the call, never strands it.
 """
 
 import asyncio
@@ -21,13 +24,13 @@ from dataclasses import dataclass
 
 from pdserve.contract.block_names import ChainRoot
 from pdserve.contract.errors import (
-    Cancelled,
     ErrorCode,
     FingerprintMismatch,
     PdserveError,
     ProtocolViolation,
     Replayed,
     StaleIncarnation,
+    Stalled,
     StreamBroken,
     TransferCorrupt,
     Unavailable,
@@ -35,6 +38,7 @@ from pdserve.contract.errors import (
 )
 from pdserve.contract.ids import Incarnation
 from pdserve.contract.messages import (
+    SIGN_OF_LIFE_S,
     Ack,
     Busy,
     End,
@@ -44,6 +48,7 @@ from pdserve.contract.messages import (
     Sealed,
     Segment,
     Starting,
+    Working,
 )
 from pdserve.contract.ports import Clock, LayersDone, MessageStream
 from pdserve.contract.work import ModelInfo
@@ -66,7 +71,7 @@ class SendingSettings:
     answer_patience_s: float = 0.1
     """How long a decode worker may take to answer Starting before other requests are started meanwhile."""
     answer_timeout_s: float = 10.0
-    """How long it may take before the call is given up."""
+    """How long it may owe anything, that answer, an Ack or its End, before the call is given up."""
     max_resends: int = 3
     """How often one call may ask for segments again before it is given up as corrupt."""
 
@@ -242,6 +247,7 @@ class _PrefillCall:
     async def run(self) -> None:
         async with task_scope() as tasks:
             reader = tasks.create_task(self._read())
+            life = tasks.create_task(self._show_life())
             async with self._agreed_transport() as sender:
                 first_token = tasks.create_task(self._send_first_token())
                 await self._ship(sender)
@@ -250,6 +256,7 @@ class _PrefillCall:
                 await self._send(self._sealed())
                 await self._ship_again_until_finished(sender)
             await reader
+            life.cancel()
             await self._send(End())
 
     @contextlib.asynccontextmanager
@@ -275,10 +282,7 @@ class _PrefillCall:
         self._job.overdue = True
         self._source._wake()
         if not await self._is_answered_within(self._settings.answer_timeout_s):
-            raise Cancelled(
-                f"{self._job.request.decode_worker_id} did not answer Starting within "
-                f"{self._settings.answer_timeout_s} s"
-            )
+            raise self._silence("did not answer Starting")
 
     async def _is_answered_within(self, seconds: float) -> bool:
         try:
@@ -298,6 +302,8 @@ class _PrefillCall:
     async def _read(self) -> None:
         while True:
             match await self._stream.receive():
+                case Reserved() | Busy() as answer if self._job.state is not JobState.STARTING:
+                    self._source._metrics.count_stale(type(answer))
                 case Reserved(first_missing_block):
                     self._require_asked("Reserved")
                     if not 0 <= first_missing_block <= self._job.num_blocks:
@@ -353,14 +359,14 @@ class _PrefillCall:
         while not job.all_shipped:
             shipment = job.next_shipment(self._settings.window_segments, self._source._max_segment_layers)
             if shipment is None:
-                await self._change()
+                await self._change(owed="acknowledge a segment" if job.num_unacknowledged else None)
             else:
                 await self._send(await self._segment(sender, shipment))
 
     async def _ship_again_until_finished(self, sender: SegmentSender) -> None:
         while not self._finished.is_set():
             if self._job.all_shipped:
-                await self._change()
+                await self._change(owed="end the call")
             else:
                 await self._ship(sender)
 
@@ -398,7 +404,21 @@ class _PrefillCall:
         while not condition():
             await self._change()
 
-    async def _change(self) -> None:
-        """Wait for the job's next change. Several coroutines wait: each looks again after every change."""
-        await self._job.changed.wait()
+    async def _change(self, owed: str | None = None) -> None:
+        """Wait for the job's next change. Several coroutines wait: each looks again after every change.
+        Raises Stalled when none comes and it is the decode worker's turn, who has to do `owed`."""
+        try:
+            async with self._source._clock.timeout(self._settings.answer_timeout_s if owed else None):
+                await self._job.changed.wait()
+        except TimeoutError:
+            raise self._silence(f"did not {owed}") from None
         self._job.changed.clear()
+
+    async def _show_life(self) -> None:
+        while True:
+            await self._source._clock.sleep(SIGN_OF_LIFE_S)
+            await self._send(Working())
+
+    def _silence(self, what: str) -> Stalled:
+        timeout_s = self._settings.answer_timeout_s
+        return Stalled(f"{self._job.request.decode_worker_id} {what} within {timeout_s:g} s")

@@ -77,6 +77,10 @@ class Shipping:
         self._ready.clear()
 
     @property
+    def num_unacknowledged(self) -> int:
+        return len(self._unacknowledged)
+
+    @property
     def num_segments(self) -> int:
         return len(self._shipments)
 

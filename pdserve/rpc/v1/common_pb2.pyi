@@ -27,6 +27,8 @@ class ErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_CODE_PROTOCOL: _ClassVar[ErrorCode]
     ERROR_CODE_INTERNAL: _ClassVar[ErrorCode]
     ERROR_CODE_CLIENT_TOO_SLOW: _ClassVar[ErrorCode]
+    ERROR_CODE_STALLED: _ClassVar[ErrorCode]
+    ERROR_CODE_POISONOUS: _ClassVar[ErrorCode]
 ERROR_CODE_UNSPECIFIED: ErrorCode
 ERROR_CODE_INVALID_REQUEST: ErrorCode
 ERROR_CODE_NOT_FOUND: ErrorCode
@@ -45,6 +47,8 @@ ERROR_CODE_STALE_INCARNATION: ErrorCode
 ERROR_CODE_PROTOCOL: ErrorCode
 ERROR_CODE_INTERNAL: ErrorCode
 ERROR_CODE_CLIENT_TOO_SLOW: ErrorCode
+ERROR_CODE_STALLED: ErrorCode
+ERROR_CODE_POISONOUS: ErrorCode
 
 class ErrorInfo(_message.Message):
     __slots__ = ("code", "message", "retry_after_s", "param")

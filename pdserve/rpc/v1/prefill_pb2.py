@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from pdserve.rpc.v1 import common_pb2 as pdserve_dot_rpc_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpdserve/rpc/v1/prefill.proto\x12\x0epdserve.rpc.v1\x1a\x1bpdserve/rpc/v1/common.proto\"\xe7\x01\n\tPrefillUp\x12\x33\n\x0cprefill_open\x18\x01 \x01(\x0b\x32\x1b.pdserve.rpc.v1.PrefillOpenH\x00\x12,\n\x08reserved\x18\x02 \x01(\x0b\x32\x18.pdserve.rpc.v1.ReservedH\x00\x12$\n\x04\x62usy\x18\x03 \x01(\x0b\x32\x14.pdserve.rpc.v1.BusyH\x00\x12\"\n\x03\x61\x63k\x18\x04 \x01(\x0b\x32\x13.pdserve.rpc.v1.AckH\x00\x12\"\n\x03\x65nd\x18\x0f \x01(\x0b\x32\x13.pdserve.rpc.v1.EndH\x00\x42\t\n\x07message\"\xf3\x01\n\x0bPrefillDown\x12,\n\x08starting\x18\x01 \x01(\x0b\x32\x18.pdserve.rpc.v1.StartingH\x00\x12*\n\x07segment\x18\x02 \x01(\x0b\x32\x17.pdserve.rpc.v1.SegmentH\x00\x12\x31\n\x0b\x66irst_token\x18\x03 \x01(\x0b\x32\x1a.pdserve.rpc.v1.FirstTokenH\x00\x12(\n\x06sealed\x18\x04 \x01(\x0b\x32\x16.pdserve.rpc.v1.SealedH\x00\x12\"\n\x03\x65nd\x18\x0f \x01(\x0b\x32\x13.pdserve.rpc.v1.EndH\x00\x42\t\n\x07message\"A\n\x0eTransportOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07host_id\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\x0c\"\x80\x01\n\x0fTransportChoice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12(\n\x04pool\x18\x03 \x01(\x0b\x32\x1a.pdserve.rpc.v1.PoolExport\x12\x13\n\x0btransfer_id\x18\x04 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x05 \x01(\x0c\"X\n\nPoolExport\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x04\x12\n\n\x02\x66\x64\x18\x03 \x01(\x04\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\r\n\x05token\x18\x05 \x01(\t\"\xc2\x02\n\x0bPrefillOpen\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x03 \x01(\t\x12\x1a\n\x12source_incarnation\x18\x04 \x01(\x06\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\x12\x0e\n\x06tokens\x18\x06 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x07 \x01(\x04\x12\x32\n\ntransports\x18\x08 \x03(\x0b\x32\x1e.pdserve.rpc.v1.TransportOffer\x12\x30\n\x08sampling\x18\t \x01(\x0b\x32\x1e.pdserve.rpc.v1.SamplingParams\x12\x0c\n\x04seed\x18\n \x01(\x06\x12\x12\n\ncache_salt\x18\x0b \x01(\t\x12\x10\n\x08priority\x18\x0c \x01(\x12\"U\n\x08Starting\x12\x32\n\ttransport\x18\x01 \x01(\x0b\x32\x1f.pdserve.rpc.v1.TransportChoice\x12\x15\n\rcached_tokens\x18\x02 \x01(\x04\"\'\n\x08Reserved\x12\x1b\n\x13\x66irst_missing_block\x18\x01 \x01(\x04\"\x1e\n\x04\x42usy\x12\x16\n\x0eretry_after_ms\x18\x01 \x01(\x04\")\n\nLayerRange\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0c\n\x04stop\x18\x02 \x01(\r\"\xa7\x01\n\x07Segment\x12\r\n\x05index\x18\x01 \x01(\x04\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\x04\x12\x12\n\nnum_blocks\x18\x03 \x01(\x04\x12*\n\x06layers\x18\x04 \x01(\x0b\x32\x1a.pdserve.rpc.v1.LayerRange\x12\x0e\n\x06\x64igest\x18\x05 \x01(\x06\x12\x11\n\tnum_bytes\x18\x06 \x01(\x04\x12\x15\n\rsource_blocks\x18\x07 \x03(\x04\" \n\x03\x41\x63k\x12\r\n\x05index\x18\x01 \x01(\x04\x12\n\n\x02ok\x18\x02 \x01(\x08\"L\n\nFirstToken\x12\r\n\x05token\x18\x01 \x01(\r\x12/\n\x08logprobs\x18\x02 \x01(\x0b\x32\x1d.pdserve.rpc.v1.TokenLogprobs\"l\n\x06Sealed\x12\x14\n\x0cnum_segments\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x06\x12\x0f\n\x07queue_s\x18\x03 \x01(\x01\x12\x11\n\tprefill_s\x18\x04 \x01(\x01\x12\x18\n\x10since_computed_s\x18\x05 \x01(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpdserve/rpc/v1/prefill.proto\x12\x0epdserve.rpc.v1\x1a\x1bpdserve/rpc/v1/common.proto\"\xe7\x01\n\tPrefillUp\x12\x33\n\x0cprefill_open\x18\x01 \x01(\x0b\x32\x1b.pdserve.rpc.v1.PrefillOpenH\x00\x12,\n\x08reserved\x18\x02 \x01(\x0b\x32\x18.pdserve.rpc.v1.ReservedH\x00\x12$\n\x04\x62usy\x18\x03 \x01(\x0b\x32\x14.pdserve.rpc.v1.BusyH\x00\x12\"\n\x03\x61\x63k\x18\x04 \x01(\x0b\x32\x13.pdserve.rpc.v1.AckH\x00\x12\"\n\x03\x65nd\x18\x0f \x01(\x0b\x32\x13.pdserve.rpc.v1.EndH\x00\x42\t\n\x07message\"\x9f\x02\n\x0bPrefillDown\x12,\n\x08starting\x18\x01 \x01(\x0b\x32\x18.pdserve.rpc.v1.StartingH\x00\x12*\n\x07segment\x18\x02 \x01(\x0b\x32\x17.pdserve.rpc.v1.SegmentH\x00\x12\x31\n\x0b\x66irst_token\x18\x03 \x01(\x0b\x32\x1a.pdserve.rpc.v1.FirstTokenH\x00\x12(\n\x06sealed\x18\x04 \x01(\x0b\x32\x16.pdserve.rpc.v1.SealedH\x00\x12*\n\x07working\x18\x05 \x01(\x0b\x32\x17.pdserve.rpc.v1.WorkingH\x00\x12\"\n\x03\x65nd\x18\x0f \x01(\x0b\x32\x13.pdserve.rpc.v1.EndH\x00\x42\t\n\x07message\"A\n\x0eTransportOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07host_id\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\x0c\"\x80\x01\n\x0fTransportChoice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12(\n\x04pool\x18\x03 \x01(\x0b\x32\x1a.pdserve.rpc.v1.PoolExport\x12\x13\n\x0btransfer_id\x18\x04 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x05 \x01(\x0c\"X\n\nPoolExport\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x04\x12\n\n\x02\x66\x64\x18\x03 \x01(\x04\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\r\n\x05token\x18\x05 \x01(\t\"\xc2\x02\n\x0bPrefillOpen\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x03 \x01(\t\x12\x1a\n\x12source_incarnation\x18\x04 \x01(\x06\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\x12\x0e\n\x06tokens\x18\x06 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x07 \x01(\x04\x12\x32\n\ntransports\x18\x08 \x03(\x0b\x32\x1e.pdserve.rpc.v1.TransportOffer\x12\x30\n\x08sampling\x18\t \x01(\x0b\x32\x1e.pdserve.rpc.v1.SamplingParams\x12\x0c\n\x04seed\x18\n \x01(\x06\x12\x12\n\ncache_salt\x18\x0b \x01(\t\x12\x10\n\x08priority\x18\x0c \x01(\x12\"\t\n\x07Working\"U\n\x08Starting\x12\x32\n\ttransport\x18\x01 \x01(\x0b\x32\x1f.pdserve.rpc.v1.TransportChoice\x12\x15\n\rcached_tokens\x18\x02 \x01(\x04\"\'\n\x08Reserved\x12\x1b\n\x13\x66irst_missing_block\x18\x01 \x01(\x04\"\x1e\n\x04\x42usy\x12\x16\n\x0eretry_after_ms\x18\x01 \x01(\x04\")\n\nLayerRange\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0c\n\x04stop\x18\x02 \x01(\r\"\xa7\x01\n\x07Segment\x12\r\n\x05index\x18\x01 \x01(\x04\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\x04\x12\x12\n\nnum_blocks\x18\x03 \x01(\x04\x12*\n\x06layers\x18\x04 \x01(\x0b\x32\x1a.pdserve.rpc.v1.LayerRange\x12\x0e\n\x06\x64igest\x18\x05 \x01(\x06\x12\x11\n\tnum_bytes\x18\x06 \x01(\x04\x12\x15\n\rsource_blocks\x18\x07 \x03(\x04\" \n\x03\x41\x63k\x12\r\n\x05index\x18\x01 \x01(\x04\x12\n\n\x02ok\x18\x02 \x01(\x08\"L\n\nFirstToken\x12\r\n\x05token\x18\x01 \x01(\r\x12/\n\x08logprobs\x18\x02 \x01(\x0b\x32\x1d.pdserve.rpc.v1.TokenLogprobs\"l\n\x06Sealed\x12\x14\n\x0cnum_segments\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x06\x12\x0f\n\x07queue_s\x18\x03 \x01(\x01\x12\x11\n\tprefill_s\x18\x04 \x01(\x01\x12\x18\n\x10since_computed_s\x18\x05 \x01(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,29 +35,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREFILLUP']._serialized_start=78
   _globals['_PREFILLUP']._serialized_end=309
   _globals['_PREFILLDOWN']._serialized_start=312
-  _globals['_PREFILLDOWN']._serialized_end=555
-  _globals['_TRANSPORTOFFER']._serialized_start=557
-  _globals['_TRANSPORTOFFER']._serialized_end=622
-  _globals['_TRANSPORTCHOICE']._serialized_start=625
-  _globals['_TRANSPORTCHOICE']._serialized_end=753
-  _globals['_POOLEXPORT']._serialized_start=755
-  _globals['_POOLEXPORT']._serialized_end=843
-  _globals['_PREFILLOPEN']._serialized_start=846
-  _globals['_PREFILLOPEN']._serialized_end=1168
-  _globals['_STARTING']._serialized_start=1170
-  _globals['_STARTING']._serialized_end=1255
-  _globals['_RESERVED']._serialized_start=1257
-  _globals['_RESERVED']._serialized_end=1296
-  _globals['_BUSY']._serialized_start=1298
-  _globals['_BUSY']._serialized_end=1328
-  _globals['_LAYERRANGE']._serialized_start=1330
-  _globals['_LAYERRANGE']._serialized_end=1371
-  _globals['_SEGMENT']._serialized_start=1374
-  _globals['_SEGMENT']._serialized_end=1541
-  _globals['_ACK']._serialized_start=1543
-  _globals['_ACK']._serialized_end=1575
-  _globals['_FIRSTTOKEN']._serialized_start=1577
-  _globals['_FIRSTTOKEN']._serialized_end=1653
-  _globals['_SEALED']._serialized_start=1655
-  _globals['_SEALED']._serialized_end=1763
+  _globals['_PREFILLDOWN']._serialized_end=599
+  _globals['_TRANSPORTOFFER']._serialized_start=601
+  _globals['_TRANSPORTOFFER']._serialized_end=666
+  _globals['_TRANSPORTCHOICE']._serialized_start=669
+  _globals['_TRANSPORTCHOICE']._serialized_end=797
+  _globals['_POOLEXPORT']._serialized_start=799
+  _globals['_POOLEXPORT']._serialized_end=887
+  _globals['_PREFILLOPEN']._serialized_start=890
+  _globals['_PREFILLOPEN']._serialized_end=1212
+  _globals['_WORKING']._serialized_start=1214
+  _globals['_WORKING']._serialized_end=1223
+  _globals['_STARTING']._serialized_start=1225
+  _globals['_STARTING']._serialized_end=1310
+  _globals['_RESERVED']._serialized_start=1312
+  _globals['_RESERVED']._serialized_end=1351
+  _globals['_BUSY']._serialized_start=1353
+  _globals['_BUSY']._serialized_end=1383
+  _globals['_LAYERRANGE']._serialized_start=1385
+  _globals['_LAYERRANGE']._serialized_end=1426
+  _globals['_SEGMENT']._serialized_start=1429
+  _globals['_SEGMENT']._serialized_end=1596
+  _globals['_ACK']._serialized_start=1598
+  _globals['_ACK']._serialized_end=1630
+  _globals['_FIRSTTOKEN']._serialized_start=1632
+  _globals['_FIRSTTOKEN']._serialized_end=1708
+  _globals['_SEALED']._serialized_start=1710
+  _globals['_SEALED']._serialized_end=1818
 # @@protoc_insertion_point(module_scope)

@@ -22,18 +22,20 @@ class PrefillUp(_message.Message):
     def __init__(self, prefill_open: _Optional[_Union[PrefillOpen, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., busy: _Optional[_Union[Busy, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., end: _Optional[_Union[_common_pb2.End, _Mapping]] = ...) -> None: ...
 
 class PrefillDown(_message.Message):
-    __slots__ = ("starting", "segment", "first_token", "sealed", "end")
+    __slots__ = ("starting", "segment", "first_token", "sealed", "working", "end")
     STARTING_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     SEALED_FIELD_NUMBER: _ClassVar[int]
+    WORKING_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
     starting: Starting
     segment: Segment
     first_token: FirstToken
     sealed: Sealed
+    working: Working
     end: _common_pb2.End
-    def __init__(self, starting: _Optional[_Union[Starting, _Mapping]] = ..., segment: _Optional[_Union[Segment, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., sealed: _Optional[_Union[Sealed, _Mapping]] = ..., end: _Optional[_Union[_common_pb2.End, _Mapping]] = ...) -> None: ...
+    def __init__(self, starting: _Optional[_Union[Starting, _Mapping]] = ..., segment: _Optional[_Union[Segment, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., sealed: _Optional[_Union[Sealed, _Mapping]] = ..., working: _Optional[_Union[Working, _Mapping]] = ..., end: _Optional[_Union[_common_pb2.End, _Mapping]] = ...) -> None: ...
 
 class TransportOffer(_message.Message):
     __slots__ = ("name", "host_id", "endpoint")
@@ -100,6 +102,10 @@ class PrefillOpen(_message.Message):
     cache_salt: str
     priority: int
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., decode_worker_id: _Optional[str] = ..., source_incarnation: _Optional[int] = ..., fingerprint: _Optional[str] = ..., tokens: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., transports: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., seed: _Optional[int] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
+
+class Working(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Starting(_message.Message):
     __slots__ = ("transport", "cached_tokens")

@@ -8,11 +8,28 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class CancelReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CANCEL_REASON_UNSPECIFIED: _ClassVar[CancelReason]
+    CANCEL_REASON_CLIENT_LEFT: _ClassVar[CancelReason]
+    CANCEL_REASON_STOP_STRING: _ClassVar[CancelReason]
+    CANCEL_REASON_CLIENT_TOO_SLOW: _ClassVar[CancelReason]
+    CANCEL_REASON_DEADLINE: _ClassVar[CancelReason]
+    CANCEL_REASON_STALLED: _ClassVar[CancelReason]
+    CANCEL_REASON_UNKNOWN_HERE: _ClassVar[CancelReason]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
     FINISH_REASON_STOP: _ClassVar[FinishReason]
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
+CANCEL_REASON_UNSPECIFIED: CancelReason
+CANCEL_REASON_CLIENT_LEFT: CancelReason
+CANCEL_REASON_STOP_STRING: CancelReason
+CANCEL_REASON_CLIENT_TOO_SLOW: CancelReason
+CANCEL_REASON_DEADLINE: CancelReason
+CANCEL_REASON_STALLED: CancelReason
+CANCEL_REASON_UNKNOWN_HERE: CancelReason
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -30,18 +47,22 @@ class SessionUp(_message.Message):
     def __init__(self, session_open: _Optional[_Union[SessionOpen, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., end: _Optional[_Union[_common_pb2.End, _Mapping]] = ...) -> None: ...
 
 class SessionDown(_message.Message):
-    __slots__ = ("session_ready", "frame", "refused", "failed", "end")
+    __slots__ = ("session_ready", "frame", "refused", "failed", "holding", "alone", "end")
     SESSION_READY_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    HOLDING_FIELD_NUMBER: _ClassVar[int]
+    ALONE_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
     session_ready: SessionReady
     frame: Frame
     refused: Refused
     failed: Failed
+    holding: Holding
+    alone: Alone
     end: _common_pb2.End
-    def __init__(self, session_ready: _Optional[_Union[SessionReady, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., end: _Optional[_Union[_common_pb2.End, _Mapping]] = ...) -> None: ...
+    def __init__(self, session_ready: _Optional[_Union[SessionReady, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., holding: _Optional[_Union[Holding, _Mapping]] = ..., alone: _Optional[_Union[Alone, _Mapping]] = ..., end: _Optional[_Union[_common_pb2.End, _Mapping]] = ...) -> None: ...
 
 class SessionOpen(_message.Message):
     __slots__ = ("router_id", "router_incarnation", "worker_incarnation", "number")
@@ -72,7 +93,7 @@ class PrefillSource(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("number", "request_id", "attempt", "prompt_tokens", "known_output_tokens", "sampling", "seed", "prefill", "cache_salt", "priority", "deadline_ms")
+    __slots__ = ("number", "request_id", "attempt", "prompt_tokens", "known_output_tokens", "sampling", "seed", "prefill", "cache_salt", "priority", "deadline_ms", "alone")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -84,6 +105,7 @@ class Submit(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    ALONE_FIELD_NUMBER: _ClassVar[int]
     number: int
     request_id: str
     attempt: int
@@ -95,13 +117,16 @@ class Submit(_message.Message):
     cache_salt: str
     priority: int
     deadline_ms: int
-    def __init__(self, number: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_tokens: _Optional[bytes] = ..., known_output_tokens: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., seed: _Optional[int] = ..., prefill: _Optional[_Union[PrefillSource, _Mapping]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+    alone: bool
+    def __init__(self, number: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_tokens: _Optional[bytes] = ..., known_output_tokens: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., seed: _Optional[int] = ..., prefill: _Optional[_Union[PrefillSource, _Mapping]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., alone: bool = ...) -> None: ...
 
 class Cancel(_message.Message):
-    __slots__ = ("number",)
+    __slots__ = ("number", "reason")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
     number: int
-    def __init__(self, number: _Optional[int] = ...) -> None: ...
+    reason: CancelReason
+    def __init__(self, number: _Optional[int] = ..., reason: _Optional[_Union[CancelReason, str]] = ...) -> None: ...
 
 class Frame(_message.Message):
     __slots__ = ("step", "number", "first_index", "num_tokens", "tokens", "finishes", "logprobs", "timings")
@@ -186,3 +211,19 @@ class Failed(_message.Message):
     error: _common_pb2.ErrorInfo
     lost_source: bool
     def __init__(self, number: _Optional[int] = ..., error: _Optional[_Union[_common_pb2.ErrorInfo, _Mapping]] = ..., lost_source: bool = ...) -> None: ...
+
+class Holding(_message.Message):
+    __slots__ = ("last_submit", "numbers")
+    LAST_SUBMIT_FIELD_NUMBER: _ClassVar[int]
+    NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    last_submit: int
+    numbers: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, last_submit: _Optional[int] = ..., numbers: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Alone(_message.Message):
+    __slots__ = ("number", "alone")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    ALONE_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    alone: bool
+    def __init__(self, number: _Optional[int] = ..., alone: bool = ...) -> None: ...
