@@ -83,11 +83,11 @@ class _VirtualSelector(selectors.BaseSelector):
         return self._selector.unregister(fileobj)
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        ready = self._selector.select(0)
-        if ready:
-            return ready
         if timeout is None:
-            raise VirtualDeadlock("no task is ready and no timer is set")
+            ready = self._selector.select(0)  # a signal's wake-up; nothing else may come from outside
+            if not ready:
+                raise VirtualDeadlock("no task is ready and no timer is set")
+            return ready
         self.now += max(0.0, timeout)
         return []
 

@@ -137,6 +137,13 @@ class FakeEngine:
                 break
         return output
 
+    def reference_kv(self, tokens: Sequence[int]) -> bytes:
+        """The KV of all blocks that `tokens` fill, in canonical order, computed without a pool."""
+        chain = _KvChain(self._num_layers, b"")
+        lanes = np.frombuffer(b"".join(chain.append(token) for token in tokens), "<u8")
+        of_blocks = lanes.reshape(-1, self._info.block_size, self._num_layers, 2)
+        return of_blocks.transpose(0, 2, 3, 1).tobytes()
+
     def _layer_groups(self) -> Iterator[LayerRange]:
         return itertools.starmap(LayerRange, itertools.pairwise((0, *group_stops(self._num_layers))))
 

@@ -1,13 +1,15 @@
 """Rpc within one process: no thread, no socket and no real time, so it runs in virtual time as well.
 
-Messages are passed as they are. Every MemoryRpc is a host of a MemoryNetwork; addresses are host:port.
-The network can be told to lose hosts and connections, and how long each message travels.
+Messages are passed as they are. Every MemoryRpc is a process on a host of a MemoryNetwork; addresses are
+host:port. The network can be told to kill and freeze hosts, to cut connections, and how each message travels.
 """
 
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 from pdserve.contract.errors import ConfigError
 from pdserve.contract.messages import Message
@@ -23,6 +25,30 @@ Latency = Callable[[str, str, Message | None], float]
 """(from host, to host, message) -> seconds it travels; None is the news that a stream is broken."""
 
 
+class Arrival(NamedTuple):
+    """One coming of a message at its target."""
+
+    delay_s: float
+    message: Message | None
+    """What comes; None are bytes that cannot be decoded, which breaks the stream."""
+    in_order: bool = True
+    """Not before what was sent earlier nor after what is sent later. Else it overtakes or is overtaken."""
+
+
+class Leg(NamedTuple):
+    """One direction of one stream."""
+
+    stream: int
+    """Streams of a network are numbered from 1."""
+    call: Call
+    source: str
+    target: str
+
+
+Carriage = Callable[[Leg, Message], Sequence[Arrival]]
+"""How a message arrives: once as a rule, never, or more than once."""
+
+
 def no_latency(source: str, target: str, message: Message | None) -> float:
     return 0.0
 
@@ -31,9 +57,21 @@ class MemoryNetwork:
     """The hosts that can reach each other, and what goes wrong between them. Hosts are named by their
     name or by any of their addresses."""
 
-    def __init__(self, latency: Latency = no_latency):
+    def __init__(
+        self,
+        latency: Latency = no_latency,
+        carriage: Carriage | None = None,
+        peer_lost_s: float = PEER_LOST_S,
+    ):
+        """`carriage` says how messages travel, `latency` how long everything else does, and messages too
+        when there is no `carriage`. A silent peer is given up after `peer_lost_s`."""
         self.latency = latency
+        self.carriage = carriage or self._carry_once
+        self.peer_lost_s = peer_lost_s
+        self._processes: dict[MemoryRpc, None] = {}
+        self._frozen: dict[str, list[Callable[[], None]]] = {}  # host -> what waits there, in order
         self._servers: dict[str, MemoryServer] = {}
+        self._num_streams = 0
         self._links: dict[_Link, None] = {}  # in the order of opening, for reproducible runs
         self._cuts: set[frozenset[str]] = set()
 
@@ -43,8 +81,39 @@ class MemoryNetwork:
         name = _host_of(host)
         for server in [server for server in self._servers.values() if server.host == name]:
             server.close_door()
+        for process in [process for process in self._processes if process.host == name]:
+            process.dead = True
+            del self._processes[process]
         for link in [link for link in self._links if name in link.hosts]:
             link.lose(name)
+        self.thaw(name)  # what waited there finds everything broken
+
+    def freeze(self, host: str) -> None:
+        """As SIGSTOP: whatever reaches the host waits. Its peers give it up as they give up a silent one."""
+        name = _host_of(host)
+        if name not in self._frozen:
+            self._frozen[name] = []
+            for link in self._links:
+                link.expect_silence()
+
+    def thaw(self, host: str) -> None:
+        """As SIGCONT: everything that has waited arrives now, late, in the order in which it came."""
+        waiting = self._frozen.pop(_host_of(host), [])
+        for link in self._links:
+            link.expect_silence()
+        for event in waiting:
+            event()
+
+    def is_frozen(self, host: str) -> bool:
+        return host in self._frozen
+
+    def happen(self, host: str, event: Callable[[], None]) -> None:
+        """Let `event` happen at a host: a message, news of a stream, a timer. At a frozen one it waits."""
+        waiting = self._frozen.get(host)
+        if waiting is None:
+            event()
+        else:
+            waiting.append(event)
 
     def cut(self, a: str, b: str) -> None:
         """Nothing passes between two hosts. New streams fail; open ones break when keepalive notices,
@@ -52,7 +121,7 @@ class MemoryNetwork:
         pair = frozenset((_host_of(a), _host_of(b)))
         self._cuts.add(pair)
         for link in self._between(pair):
-            link.stall(PEER_LOST_S)
+            link.stall()
 
     def heal(self, a: str, b: str) -> None:
         pair = frozenset((_host_of(a), _host_of(b)))
@@ -74,9 +143,12 @@ class MemoryNetwork:
 
     def connect(self, opener: "MemoryRpc", address: str, call: Call) -> BufferedStream[Message]:
         """Open a stream; it is broken from the start when nobody can be reached at `address`."""
-        link = _Link(self, opener, address, call)
+        self._num_streams += 1
+        link = _Link(self, self._num_streams, opener, address, call)
         server = self._servers.get(address)
-        if frozenset(link.hosts) in self._cuts:
+        if opener.dead:
+            link.client.break_off("this process was killed")
+        elif frozenset(link.hosts) in self._cuts:
             link.client.break_off(f"{address} cannot be reached from {opener.host}")
         elif server is None:
             link.client.break_off(f"nothing listens at {address}")
@@ -85,11 +157,19 @@ class MemoryNetwork:
         else:
             self._links[link] = None
             link.start(server)
+            link.expect_silence()
         return link.client
 
     def opened_by(self, opener: "MemoryRpc") -> list[BufferedStream[Message]]:
         """The clients' sides of the streams that `opener` has opened and that are not over."""
         return [link.client for link in self._links if link.opener is opener]
+
+    def join(self, process: "MemoryRpc") -> None:
+        """A process that may open streams."""
+        self._processes[process] = None
+
+    def leave(self, process: "MemoryRpc") -> None:
+        self._processes.pop(process, None)
 
     def forget(self, link: "_Link") -> None:
         self._links.pop(link, None)
@@ -100,13 +180,19 @@ class MemoryNetwork:
     def _between(self, pair: frozenset[str]) -> list["_Link"]:
         return [link for link in self._links if frozenset(link.hosts) == pair]
 
+    def _carry_once(self, leg: Leg, message: Message) -> Sequence[Arrival]:
+        return (Arrival(self.latency(leg.source, leg.target, message), message),)
+
 
 class MemoryRpc:
-    """Rpc of one host of a MemoryNetwork."""
+    """Rpc of one process on a host of a MemoryNetwork."""
 
     def __init__(self, network: MemoryNetwork, host: str):
         self.host = host
+        self.dead = False
+        """Killed: it reaches nobody any more."""
         self._network = network
+        network.join(self)
 
     async def open(self, address: str, call: Call) -> BufferedStream[Message]:
         return self._network.connect(self, address, call)
@@ -121,6 +207,7 @@ class MemoryRpc:
     async def close(self) -> None:
         for stream in self._network.opened_by(self):
             stream.cancel()
+        self._network.leave(self)
 
 
 class MemoryServer:
@@ -179,14 +266,15 @@ class MemoryServer:
 class _Link:
     """Both sides of one stream and the two directions between them."""
 
-    def __init__(self, network: MemoryNetwork, opener: MemoryRpc, address: str, call: Call):
+    def __init__(self, network: MemoryNetwork, number: int, opener: MemoryRpc, address: str, call: Call):
         self.opener = opener
         self._network = network
         self._call = call
         self._client_host = opener.host
         self._server_host = _host_of(address)
-        self._up = _Route(network, self._client_host, self._server_host)
-        self._down = _Route(network, self._server_host, self._client_host)
+        self._up = _Route(network, Leg(number, call, self._client_host, self._server_host))
+        self._down = _Route(network, Leg(number, call, self._server_host, self._client_host))
+        self._is_cut = False
         self._keepalive: asyncio.TimerHandle | None = None
         self.client = _MemoryStream(address, call, Direction.UP, self._up, self._down)
         self.server = _MemoryStream(self._client_host, call, Direction.DOWN, self._down, self._up)
@@ -213,19 +301,29 @@ class _Link:
             self.server.break_off("this process was killed", drop=True)
             self._server_cancelled()
 
-    def stall(self, broken_after_s: float) -> None:
-        """Nothing passes; after `broken_after_s` both sides notice."""
-        if self._keepalive is None:
-            self._up.stall()
-            self._down.stall()
-            self._keepalive = asyncio.get_running_loop().call_later(broken_after_s, self._time_out)
+    def stall(self) -> None:
+        """Nothing passes; when that lasts, both sides notice."""
+        self._is_cut = True
+        self._up.stall()
+        self._down.stall()
+        self.expect_silence()
 
     def resume(self) -> None:
-        if self._keepalive is not None:
-            self._keepalive.cancel()
-            self._keepalive = None
+        if self._is_cut:
+            self._is_cut = False
+            self.expect_silence()
             self._up.resume()
             self._down.resume()
+
+    def expect_silence(self) -> None:
+        """Begin or end the wait for a sign of life, as the link is cut or an end of it is frozen or not."""
+        silent = self._is_cut or any(map(self._network.is_frozen, self.hosts))
+        if silent and self._keepalive is None:
+            loop = asyncio.get_running_loop()
+            self._keepalive = loop.call_later(self._network.peer_lost_s, self._time_out)
+        elif not silent and self._keepalive is not None:
+            self._keepalive.cancel()
+            self._keepalive = None
 
     def _client_cancelled(self) -> None:
         self._up.carry(lambda: self.server.break_off(f"{self._client_host} gave up or died"))
@@ -240,8 +338,9 @@ class _Link:
 
     def _time_out(self) -> None:
         self._forget()
-        self.client.break_off(f"{self._server_host} does not answer")
-        self.server.break_off(f"{self._client_host} does not answer")
+        client, server = self._client_host, self._server_host
+        self._network.happen(client, lambda: self.client.break_off(f"{server} does not answer"))
+        self._network.happen(server, lambda: self.server.break_off(f"{client} does not answer"))
 
     def _forget(self) -> None:
         if self._keepalive is not None:
@@ -250,43 +349,61 @@ class _Link:
 
 
 class _Route:
-    """One direction of a stream: events arrive in the order in which they were sent."""
+    """One direction of a stream: events arrive in the order in which they were sent, but for messages that
+    the network's carriage takes out of it."""
 
-    def __init__(self, network: MemoryNetwork, source: str, target: str):
+    def __init__(self, network: MemoryNetwork, leg: Leg):
         self.window: Window[Message] = Window(WINDOW_MESSAGES)
         self._network = network
-        self._source = source
-        self._target = target
-        self._travelling: deque[Callable[[], None]] = deque()
+        self._leg = leg
+        self._travelling: deque[Callable[[], None]] = deque()  # in order
         self._last_arrival = 0.0
         self._stalled = False
-        self._num_held = 0
+        self._held: list[Callable[[], None]] = []  # arrived while stalled
 
-    def carry(self, event: Callable[[], None], message: Message | None = None) -> None:
-        """Let `event` happen at the target when it has travelled."""
-        delay_s = self._network.latency(self._source, self._target, message)
-        if delay_s <= 0 and not self._travelling and not self._stalled:
-            event()
-            return
-        loop = asyncio.get_running_loop()
-        self._last_arrival = max(self._last_arrival, loop.time() + delay_s)
-        self._travelling.append(event)
-        loop.call_at(self._last_arrival, self._arrive)
+    def carry(self, event: Callable[[], None]) -> None:
+        """Let `event` happen at the target when the news of it has travelled."""
+        self._send(event, self._network.latency(self._leg.source, self._leg.target, None))
+
+    def carry_message(
+        self, message: Message, arrive: Callable[[Message], None], fail: Callable[[], None]
+    ) -> None:
+        """Let `message` arrive, as often as the network's carriage says; `fail` when it cannot be decoded."""
+        arrivals = self._network.carriage(self._leg, message)
+        if len(arrivals) != 1:
+            self.window.expect(len(arrivals) - 1)
+        for delay_s, arriving, in_order in arrivals:
+            event = fail if arriving is None else partial(arrive, arriving)
+            self._send(event, delay_s, in_order)
 
     def stall(self) -> None:
         self._stalled = True
 
     def resume(self) -> None:
         self._stalled = False
-        while self._num_held:
-            self._num_held -= 1
-            self._travelling.popleft()()
+        held, self._held = self._held, []
+        for event in held:
+            self._network.happen(self._leg.target, event)
 
-    def _arrive(self) -> None:
-        if self._stalled:
-            self._num_held += 1
+    def _send(self, event: Callable[[], None], delay_s: float, in_order: bool = True) -> None:
+        if not in_order:
+            asyncio.get_running_loop().call_later(delay_s, self._arrive, event)
+        elif delay_s <= 0 and not self._travelling:
+            self._arrive(event)
         else:
-            self._travelling.popleft()()
+            loop = asyncio.get_running_loop()
+            self._last_arrival = max(self._last_arrival, loop.time() + delay_s)
+            self._travelling.append(event)
+            loop.call_at(self._last_arrival, self._arrive_next)
+
+    def _arrive_next(self) -> None:
+        self._arrive(self._travelling.popleft())
+
+    def _arrive(self, event: Callable[[], None]) -> None:
+        if self._stalled:
+            self._held.append(event)
+        else:
+            self._network.happen(self._leg.target, event)
 
 
 class _MemoryStream(BufferedStream[Message]):
@@ -305,10 +422,16 @@ class _MemoryStream(BufferedStream[Message]):
 
     async def _put(self, message: Message) -> None:
         await self._outbox.reserve()
-        self._outgoing.carry(lambda: self._other.arrive(message), message)
+        self._outgoing.carry_message(message, self._other.arrive, self._fail_to_decode)
 
     def _on_cancel(self) -> None:
         self._tell_other()
+
+    def _fail_to_decode(self) -> None:
+        """At the other side: it breaks the stream, and this side hears of it."""
+        if not self._other.finished and not self._other.broken:
+            self._other.break_off(f"what {self._other.peer} sent cannot be decoded")
+            self._other._on_cancel()
 
 
 def _host_of(name: str) -> str:

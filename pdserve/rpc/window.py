@@ -40,6 +40,13 @@ class Window(Generic[T]):
             raise _anew(self._entry_broken)
         self._num_travelling += 1
 
+    def expect(self, num_more: int) -> None:
+        """A carrier that doubles messages brings `num_more` for which no room was reserved, or, below 0, has
+        lost some."""
+        self._num_travelling += num_more
+        if num_more < 0:
+            _wake(self._putters)
+
     def arrive(self, message: T) -> None:
         """The message for which room was reserved is here."""
         self._num_travelling -= 1
