@@ -47,7 +47,7 @@ from pdserve.contract.messages import (
 )
 from pdserve.contract.ports import Call, Clock, MessageStream, Rpc
 from pdserve.metrics import RouterMetrics
-from pdserve.tasks import cancel_and_wait, task_scope
+from pdserve.tasks import TaskScope, cancel_and_wait, task_scope
 from router.fleet import Fleet, WorkerView
 
 log = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ class WorkerLink:
             await self._clock.sleep(retry_s)
             retry_s = min(2 * retry_s, LAST_RETRY_S)
 
-    async def _connect(self, tasks: asyncio.TaskGroup) -> None:
+    async def _connect(self, tasks: TaskScope) -> None:
         greeted = asyncio.Event()
         tasks.create_task(self._watch(greeted))
         await greeted.wait()

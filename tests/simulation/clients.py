@@ -38,6 +38,7 @@ class Client:
         self._output: list[int] = []
         self._finished = False
         self._left = False
+        self._error: PdserveError | None = None
         self._streaming_attempt = 0
         self._reader: asyncio.Task[None] | None = None
 
@@ -85,10 +86,11 @@ class Client:
         if desk.dead:
             return Outcome.ROUTER_LOST
         self.router, self.request_id = desk.name, desk.router.new_request_id()
-        self._output, self._finished, self._streaming_attempt = [], False, 0
+        self._output, self._finished, self._streaming_attempt, self._error = [], False, 0, None
         self._system.log.note("ask", self.name, desk.name, self.request_id)
         unread = Unread(1, self.asked.max_unread_tokens)
         reader = self._reader = asyncio.ensure_future(self._read(desk, self.request_id, unread))
+        reader.add_done_callback(lambda _: unread.end(self._error))
         desk.when_dead.append(reader.cancel)
         try:
             await self._take(unread)
@@ -108,16 +110,13 @@ class Client:
 
     async def _read(self, desk: Desk, request_id: RequestId, unread: Unread) -> None:
         """At the router, as `router.choices` does it: never waits for the client."""
-        error: Exception | None = None
         try:
             async with aclosing(desk.router.generate(request_id, self.asked.request)) as deltas:
                 async for delta in deltas:
                     self._compare(delta, desk)
                     unread.put(0, delta)
-        except PdserveError as failure:
-            error = failure
-        finally:
-            unread.end(error)
+        except PdserveError as error:
+            self._error = error
 
     def _compare(self, delta: OutputDelta, desk: Desk) -> None:
         if desk.dead:

@@ -125,7 +125,9 @@ class Faults:
             self._waiting.remove(aim)
         self.num_struck += 1
         event = aim.at.event
-        self._system.log.note("FAULT", event, str(aim.at), target.own, str(target.request_id), str(target.peers))
+        self._system.log.note(
+            "FAULT", event, str(aim.at), target.own, str(target.request_id), str(target.peers)
+        )
         who, _, fault = event.partition(" ") if " " in event else ("", "", event)
         match event:
             case "slow copies":
@@ -324,7 +326,13 @@ class Faults:
         return {"decode": attempt.decode} | ({} if source is None else {"prefill": source})
 
 
-_PEERS = {"router": "router", "source": "prefill", "decode": "decode", "prefill": "prefill", "taker": "decode"}
+_PEERS = {
+    "router": "router",
+    "source": "prefill",
+    "decode": "decode",
+    "prefill": "prefill",
+    "taker": "decode",
+}
 """What a process may be for another -> its role."""
 
 

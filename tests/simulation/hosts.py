@@ -77,11 +77,16 @@ class HostTimeout:
 
 
 class SimulatedExecutor(InlineExecutor):
-    """Steps and copies touch the blocks only some time after they were asked to and end some time later, as on
-    real threads: whoever gives blocks back too early gets wrong tokens. An engine can hang, or fail."""
+    """Steps and copies touch the blocks only some time after they were asked to and end some time later, as
+    on real threads: whoever gives blocks back too early gets wrong tokens. An engine can hang, or fail."""
 
     def __init__(
-        self, engine: FakeEngine, clock: HostClock, random: Random, late_s: float, step_ended: Callable[[], None]
+        self,
+        engine: FakeEngine,
+        clock: HostClock,
+        random: Random,
+        late_s: float,
+        step_ended: Callable[[], None],
     ) -> None:
         super().__init__(engine, clock)
         self.fails = False

@@ -23,6 +23,7 @@ LIMIT_S = 60.0
 REST_S = 20.0
 """A system that is not at rest this long after its last request never will be."""
 
+
 @dataclass(slots=True)
 class Report:
     """What one seed showed."""
@@ -86,9 +87,7 @@ def _clients(scenario: Scenario, system: SimulatedSystem) -> list[Client]:
     return clients
 
 
-async def _serve(
-    clients: Sequence[Client], faults: Faults, system: SimulatedSystem, report: Report
-) -> None:
+async def _serve(clients: Sequence[Client], faults: Faults, system: SimulatedSystem, report: Report) -> None:
     served = [asyncio.ensure_future(client.run()) for client in clients]
     failed = asyncio.ensure_future(system.failed.wait())
     everything = asyncio.ensure_future(_all_ended_and_at_rest(served, faults, system))

@@ -190,7 +190,9 @@ class SimulatedSystem:
         if self._num_ongoing or self.caretaker.is_away:
             yield "a fault is not over"
         for machine in self.machines.values():
-            yield from (f"{machine.name}: {left}" for left in invariants.left_at(machine.worker, machine.engine))
+            yield from (
+                f"{machine.name}: {left}" for left in invariants.left_at(machine.worker, machine.engine)
+            )
         for desk in self.desks.values():
             yield from (f"{desk.name}: {left}" for left in invariants.left_in(desk.router, workers))
         yield from (f"open: {stream}" for stream in self.network.open_streams())
@@ -202,6 +204,7 @@ class SimulatedSystem:
 
     async def stop(self) -> None:
         for desk in self.desks.values():
+            desk.dead = True
             await desk.router.close()
         for machine in self.machines.values():
             await machine.worker.stop()
