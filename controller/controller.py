@@ -6,6 +6,7 @@ Knows Ray only as `pools.Processes`.
 import asyncio
 import contextlib
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 
 from controller.integrity import ProcessIntegrity
@@ -27,7 +28,15 @@ MAX_NEWS = 1000
 class Controller:
     """The slots of one deployment, and the membership that follows from them."""
 
-    def __init__(self, deployment: Deployment, processes: Processes, clock: Clock) -> None:
+    def __init__(
+        self,
+        deployment: Deployment,
+        processes: Processes,
+        clock: Clock,
+        tell: Callable[[SystemStatus], None] = lambda _: None,
+    ) -> None:
+        """`tell` hears of every change."""
+        self._tell = tell
         self._deployment = deployment
         self._version = 0
         self._was_ready = False
@@ -122,6 +131,7 @@ class Controller:
         self._was_ready = self._was_ready or self._is_ready()
         self._version += 1
         self._note_news()
+        self._tell(self._status())
         self._changed.set()
         self._changed = asyncio.Event()
 

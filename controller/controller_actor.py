@@ -4,10 +4,13 @@ When it dies Ray starts it again with the same arguments, and it finds its route
 requests are served all the while.
 """
 
+from dataclasses import replace
+
 import ray
 
 from controller.actors import RayProcesses
 from controller.controller import Controller
+from controller.discovery import DiscoveryPage
 from controller.integrity import ProcessIntegrity
 from controller.plan import Deployment
 from controller.status import SystemStatus
@@ -23,7 +26,10 @@ class ControllerActor:
     def __init__(self, deployment: Deployment) -> None:
         set_up_logging("controller", deployment.config.logs.level)
         own_handle = ray.get_runtime_context().current_actor
-        self._controller = Controller(deployment, RayProcesses(deployment, own_handle), LoopClock())
+        self._page = DiscoveryPage(deployment)
+        self._page.serve()
+        processes = RayProcesses(deployment, own_handle)
+        self._controller = Controller(deployment, processes, LoopClock(), self._page.update)
 
     async def tell(self, process_id: str, message: str) -> None:
         self._controller.tell(process_id, message)
@@ -32,7 +38,7 @@ class ControllerActor:
         return await self._controller.follow(seen)
 
     async def status(self) -> SystemStatus:
-        return await self._controller.status()
+        return replace(await self._controller.status(), targets_url=self._page.url)
 
     async def check_integrity(self) -> tuple[ProcessIntegrity, ...]:
         return await self._controller.check_integrity()

@@ -118,6 +118,8 @@ class SystemStatus:
     state: SystemState
     model: str
     processes: tuple[ProcessStatus, ...] = field(default=())
+    targets_url: str = ""
+    """Where Prometheus finds all processes (HTTP service discovery)."""
     news: tuple[ProcessStatus, ...] = field(default=())
     """For a follower: every state and message that a process has had since the follower looked last, oldest
     first. Some last for no longer than a turn of the controller's loop."""
@@ -140,6 +142,7 @@ class SystemStatus:
             "name": self.name,
             "state": self.state.value,
             "model": self.model,
+            "targets_url": self.targets_url or None,
             "routers": [process.as_json() for process in self.routers],
             "workers": [process.as_json() for process in self.workers],
         }

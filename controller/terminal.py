@@ -91,7 +91,8 @@ def table(status: SystemStatus) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     notes = [f"{p.id}: {p.message}" for p in status.processes if p.message]
     head = f"{status.name}: {status.state.value}, serves {status.model}"
-    return "\n".join([head, *(line.rstrip() for line in lines), *_transports(status), *notes])
+    found = [f"Prometheus finds all of them at {status.targets_url}"] if status.targets_url else []
+    return "\n".join([head, *(line.rstrip() for line in lines), *_transports(status), *found, *notes])
 
 
 def integrity_table(name: str, answers: Sequence[ProcessIntegrity]) -> str:

@@ -294,6 +294,9 @@ class NetworkConfig(_Section):
     """The ports that workers may listen at, for example `30000-30999`. Empty: any free port."""
     metrics_host: str = "127.0.0.1"
     """Where every process serves its /metrics, at a free port that `pdserve status` shows."""
+    discovery_port: Port = 9464
+    """Where the controller tells Prometheus of all processes (`http_sd_configs`), at `metrics_host`; another
+    free port where this one is taken, `pdserve status` shows it. 0 picks a free one."""
     transports: Annotated[tuple[Literal["shared_memory", "nixl", "grpc"], ...], Field(min_length=1)] = (
         "shared_memory",
         "grpc",

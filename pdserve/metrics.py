@@ -4,7 +4,7 @@ Times are seconds, sizes bytes. Labels are bounded: pools, states, transports, e
 never request ids or tenants. Worker and router ids come from the scrape target's own labels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
@@ -312,3 +312,33 @@ class FaultMetrics:
     def count(self, action: str) -> None:
         """`action` is the `do` of a fault."""
         self._faults.labels(action).inc()
+
+
+class ControllerMetrics:
+    """What the controller counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self._desired = Gauge(
+            "pdserve_desired_workers", "Processes that the pool is to have.", ["pool"], registry=registry
+        )
+        self._actual = Gauge(
+            "pdserve_workers", "Processes of the pool, by state.", ["pool", "state"], registry=registry
+        )
+        self._restarts = Gauge(
+            "pdserve_process_restarts",
+            "How often processes of this system have been started again, since its controller started.",
+            registry=registry,
+        )
+        self._known_states: set[tuple[str, str]] = set()
+
+    def set_pool(self, pool: str, num_desired: int, num_by_state: Mapping[str, int]) -> None:
+        """`num_by_state` names the states that occur; a state that occurred before falls to 0."""
+        self._desired.labels(pool).set(num_desired)
+        states = {state for known, state in self._known_states if known == pool} | set(num_by_state)
+        for state in states:
+            self._known_states.add((pool, state))
+            self._actual.labels(pool, state).set(num_by_state.get(state, 0))
+
+    def set_restarts(self, count: int) -> None:
+        self._restarts.set(count)

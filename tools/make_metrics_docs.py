@@ -14,16 +14,19 @@ from prometheus_client import CollectorRegistry, Metric
 from pdserve.contract.errors import ErrorCode
 from pdserve.contract.messages import Submit, TokenEvent
 from pdserve.contract.work import BlockCounts
-from pdserve.metrics import FaultMetrics, RouterMetrics, WorkerMetrics
+from pdserve.metrics import ControllerMetrics, FaultMetrics, RouterMetrics, WorkerMetrics
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "metrics.md"
 
 HEAD = """\
 # Metrics
 
-Every router and every worker serves a page of its own in the Prometheus text format; `pdserve status --json`
-says where (`metrics_url`). Times are seconds, sizes bytes. Which process a sample comes from is in the scrape
-target's labels; the labels below are bounded: never a request, a tenant or a worker.
+Every router, every worker and the controller serve a page of their own in the Prometheus text format.
+Prometheus finds them all by service discovery at the controller (`network.discovery_port`), which follows
+the pools; [deploy/prometheus](../deploy/prometheus) has a configuration with rules and alerts, and
+[deploy/grafana](../deploy/grafana) has dashboards. Times are seconds, sizes bytes. Which process a sample
+comes from is in the scrape target's labels (`instance`, `system`); the labels below are bounded: never a
+request, a tenant or a worker.
 
 A histogram is exported as `_bucket`, `_sum` and `_count`. This page is generated from
 [`pdserve/metrics.py`](../pdserve/metrics.py) by `tools/make_metrics_docs.py`; do not edit it.
@@ -52,7 +55,8 @@ def make_page() -> str:
             HEAD,
             _section("Workers", _worker_metrics()),
             _section("Routers", _router_metrics()),
-            _section("Both, with --allow-faults", _fault_metrics()),
+            _section("Controller", _controller_metrics()),
+            _section("Routers and workers, with --allow-faults", _fault_metrics()),
         ]
     )
 
@@ -80,6 +84,12 @@ def _router_metrics() -> Iterable[Metric]:
     metrics.on_request_end("chat", "ok", 200)
     metrics.follow_index_mismatches(lambda: 0)
     metrics.follow_workers(lambda: 0)
+    return metrics.registry.collect()
+
+
+def _controller_metrics() -> Iterable[Metric]:
+    metrics = ControllerMetrics(CollectorRegistry())
+    metrics.set_pool("decode", 1, {"ready": 1})
     return metrics.registry.collect()
 
 

@@ -1,0 +1,466 @@
+"""Generate the Grafana dashboards in deploy/grafana/dashboards.
+
+python tools/make_dashboards.py            write them
+python tools/make_dashboards.py --check    fail when the committed files are not what would be written
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent.parent / "deploy" / "grafana" / "dashboards"
+DATASOURCE = {"type": "prometheus", "uid": "pdserve-prometheus"}
+WIDTH, HEIGHT = 8, 8
+"""Of a panel; Grafana's grid is 24 wide."""
+SYSTEM = 'system=~"$system"'
+FIRING = 'sum by (alertname, pool, instance) (ALERTS{alertstate="firing"}) or vector(0)'
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One graph. `queries` are (legend, PromQL) pairs."""
+
+    title: str
+    unit: str
+    """As Grafana names it: s, short, percentunit, reqps, Bps."""
+    queries: tuple[tuple[str, str], ...]
+    text: str
+    """What a person reads from it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dashboard:
+    uid: str
+    title: str
+    panels: tuple[Panel, ...]
+
+
+def rate(metric: str, by: str = "", **labels: str) -> str:
+    """Per second, summed, over the last minute."""
+    grouping = f" by ({by})" if by else ""
+    return f"sum{grouping} (rate({metric}{_selector(labels)}[1m]))"
+
+
+def total(metric: str, by: str = "", **labels: str) -> str:
+    grouping = f" by ({by})" if by else ""
+    return f"sum{grouping} ({metric}{_selector(labels)})"
+
+
+def quantiles(metric: str, by: str = "", **labels: str) -> tuple[tuple[str, str], ...]:
+    """p50, p90 and p99 of a histogram over the last minute."""
+    grouping = f"{by}, le" if by else "le"
+    buckets = f"sum by ({grouping}) (rate({metric}_bucket{_selector(labels)}[1m]))"
+    legend = f" {{{{{by}}}}}" if by else ""
+    return tuple(
+        (f"p{percent}{legend}", f"histogram_quantile({percent / 100}, {buckets})") for percent in (50, 90, 99)
+    )
+
+
+def ratio(part: str, whole: str) -> str:
+    return f"{part} / {whole}"
+
+
+def share_within(metric: str, seconds: str) -> str:
+    """Of a histogram's observations over the last five minutes; `seconds` is one of its bucket bounds."""
+    of_bucket = rate(f"{metric}_bucket", le=seconds)
+    return ratio(of_bucket, rate(f"{metric}_count")).replace("[1m]", "[5m]")
+
+
+def _selector(labels: dict[str, str]) -> str:
+    return "{" + ", ".join([SYSTEM, *(f'{name}="{value}"' for name, value in labels.items())]) + "}"
+
+
+def _pool(pool: str) -> tuple[Panel, ...]:
+    """What both pools show."""
+    return (
+        Panel(
+            "Backlog",
+            "short",
+            (("{{instance}}", total("pdserve_backlog_tokens", "instance", pool=pool)),),
+            "Prompt tokens still to be computed, by worker. The signal on which the prefill pool scales.",
+        ),
+        Panel(
+            "Active sequences",
+            "short",
+            (("{{instance}}", total("pdserve_active_sequences", "instance", pool=pool)),),
+            "Sequences in the running batch, by worker. The signal on which the decode pool scales.",
+        ),
+        Panel(
+            "Waiting requests",
+            "short",
+            (("{{instance}}", total("pdserve_waiting_requests", "instance", pool=pool)),),
+            "Requests that wait for their turn, for blocks or for their KV.",
+        ),
+        Panel(
+            "KV blocks",
+            "short",
+            (("{{state}}", total("pdserve_kv_blocks", "state", pool=pool)),),
+            "Reserved and active blocks belong to live requests; cached ones can be evicted.",
+        ),
+        Panel(
+            "Engine step",
+            "s",
+            quantiles("pdserve_engine_step_seconds", pool=pool),
+            "How long one forward pass takes.",
+        ),
+        Panel(
+            "Batch",
+            "short",
+            quantiles("pdserve_engine_batch_sequences", pool=pool),
+            "Sequences that share one forward pass.",
+        ),
+        Panel(
+            "Tokens computed",
+            "short",
+            (
+                ("prompt", rate("pdserve_prompt_tokens_total", pool=pool)),
+                ("output", rate("pdserve_generated_tokens_total", pool=pool)),
+            ),
+            "Tokens per second that the pool's engines compute.",
+        ),
+        Panel(
+            "Prefix cache",
+            "percentunit",
+            (
+                (
+                    "hit",
+                    ratio(
+                        rate("pdserve_prefix_hit_tokens_total", pool=pool),
+                        rate("pdserve_prefix_query_tokens_total", pool=pool),
+                    ),
+                ),
+            ),
+            "Share of the prompt tokens looked up here that were in the cache.",
+        ),
+        Panel(
+            "Ends",
+            "reqps",
+            (("{{outcome}}", rate("pdserve_worker_requests_total", "outcome", pool=pool)),)
+            if pool == "decode"
+            else (("{{outcome}}", rate("pdserve_prefill_calls_total", "outcome", pool=pool)),),
+            "How the requests of this pool ended, per second.",
+        ),
+    )
+
+
+def dashboards() -> tuple[Dashboard, ...]:
+    overview = (
+        Panel(
+            "Requests",
+            "reqps",
+            (("{{outcome}}", rate("pdserve_router_requests_total", "outcome")),),
+            "Requests that ended, per second and outcome.",
+        ),
+        Panel(
+            "Time to first token",
+            "s",
+            quantiles("pdserve_time_to_first_token_seconds"),
+            "From admission to the first token at the router.",
+        ),
+        Panel(
+            "Inter-token time",
+            "s",
+            quantiles("pdserve_inter_token_seconds"),
+            "Between two tokens of one request at the router.",
+        ),
+        Panel(
+            "Tokens",
+            "short",
+            (
+                ("prompt", rate("pdserve_router_prompt_tokens_total")),
+                ("output", rate("pdserve_router_output_tokens_total")),
+            ),
+            "Per second, at the routers.",
+        ),
+        Panel(
+            "Processes",
+            "short",
+            (
+                ("{{pool}} wanted", total("pdserve_desired_workers", "pool")),
+                ("{{pool}} {{state}}", total("pdserve_workers", "pool, state")),
+            ),
+            "What each pool is to have and what it has.",
+        ),
+        Panel(
+            "KV blocks in use",
+            "percentunit",
+            (("{{instance}}", f"pdserve:kv_blocks_used:ratio{{{SYSTEM}}}"),),
+            "Share of each worker's pool that live requests hold.",
+        ),
+        Panel(
+            "What pools wait for",
+            "short",
+            (
+                ("prefill: backlog tokens", total("pdserve_backlog_tokens", pool="prefill")),
+                ("decode: active sequences", total("pdserve_active_sequences", pool="decode")),
+                ("routers: waiting tokens", total("pdserve_router_waiting_tokens")),
+            ),
+            "Each pool's own signal.",
+        ),
+        Panel(
+            "Recoveries",
+            "reqps",
+            (("{{cause}}", rate("pdserve_router_recoveries_total", "cause") + " or vector(0)"),),
+            "Requests placed again after an attempt failed. Clients see a pause at most.",
+        ),
+        Panel(
+            "Restarts",
+            "short",
+            (("processes", total("pdserve_process_restarts")),),
+            "How often processes have been started again.",
+        ),
+    )
+    router = (
+        Panel(
+            "Running",
+            "short",
+            (("{{instance}}", total("pdserve_router_running_requests", "instance")),),
+            "Requests admitted and not ended, by router.",
+        ),
+        Panel(
+            "Waiting",
+            "short",
+            (
+                ("requests", total("pdserve_router_waiting_requests")),
+                ("tokens", total("pdserve_router_waiting_tokens")),
+            ),
+            "Admitted requests that no worker has yet.",
+        ),
+        Panel(
+            "API responses",
+            "reqps",
+            (("{{api}} {{status}} {{code}}", rate("pdserve_api_responses_total", "api, status, code")),),
+            "What clients were answered.",
+        ),
+        Panel(
+            "Attempts per request",
+            "short",
+            (
+                (
+                    "attempts",
+                    ratio(rate("pdserve_router_attempts_total"), rate("pdserve_router_requests_total")),
+                ),
+            ),
+            "1 when nothing has to be placed again.",
+        ),
+        Panel(
+            "End to end",
+            "s",
+            quantiles("pdserve_request_seconds"),
+            "From admission to the last token.",
+        ),
+        Panel(
+            "Workers in reach",
+            "short",
+            (("{{instance}}", total("pdserve_router_ready_workers", "instance")),),
+            "Workers that each router can use.",
+        ),
+        Panel(
+            "Prefix index",
+            "short",
+            (("{{instance}}", total("pdserve_router_index_mismatches", "instance")),),
+            "How often a router's index disagreed with a worker. Never, unless something is wrong.",
+        ),
+        Panel(
+            "Open client connections",
+            "short",
+            (("{{api}}", total("pdserve_api_open_requests", "api")),),
+            "Client requests being answered.",
+        ),
+    )
+    transfer = (
+        Panel(
+            "Payload",
+            "Bps",
+            (("{{transport}}", rate("pdserve_kv_transfer_bytes_total", "transport")),),
+            "KV bytes received and verified, per second.",
+        ),
+        Panel(
+            "Transfers",
+            "reqps",
+            (("{{transport}} {{outcome}}", rate("pdserve_kv_transfers_total", "transport, outcome")),),
+            "Transfers of a prompt's KV, by how they ended.",
+        ),
+        Panel(
+            "Exposed time",
+            "s",
+            quantiles("pdserve_kv_transfer_exposed_seconds", "transport"),
+            "From the end of a prompt's last forward pass to all its KV verified: the second token waits.",
+        ),
+        Panel(
+            "Hidden time",
+            "s",
+            quantiles("pdserve_kv_transfer_hidden_seconds", "transport"),
+            "Transfer time behind computing.",
+        ),
+        Panel(
+            "Ahead",
+            "percentunit",
+            quantiles("pdserve_kv_transfer_ahead_ratio", "transport"),
+            "Share of a prompt's KV that was verified when its last forward pass ended.",
+        ),
+        Panel(
+            "Segments",
+            "reqps",
+            (
+                ("{{transport}} {{result}}", rate("pdserve_kv_segments_total", "transport, result")),
+                ("sent again", rate("pdserve_segments_resent_total")),
+            ),
+            "corrupt: a digest did not match, and the segment was sent again.",
+        ),
+        Panel(
+            "Segment time",
+            "s",
+            quantiles("pdserve_kv_segment_seconds", "transport"),
+            "From a segment's announcement to its verified copy.",
+        ),
+        Panel(
+            "Prefill calls",
+            "reqps",
+            (("{{outcome}}", rate("pdserve_prefill_calls_total", "outcome")),),
+            "How the source's side of the hand-offs ended.",
+        ),
+        Panel(
+            "Refused calls",
+            "reqps",
+            (("{{reason}}", rate("pdserve_refused_calls_total", "reason") + " or vector(0)"),),
+            "Calls refused because of who called or what was sent: another deployment, bad input.",
+        ),
+    )
+    slo = (
+        Panel(
+            "First tokens within 1 s",
+            "percentunit",
+            (("share", share_within("pdserve_time_to_first_token_seconds", "1.0")),),
+            "Over five minutes.",
+        ),
+        Panel(
+            "Tokens within 100 ms of the one before",
+            "percentunit",
+            (("share", share_within("pdserve_inter_token_seconds", "0.1")),),
+            "Over five minutes.",
+        ),
+        Panel(
+            "Time to second token",
+            "s",
+            quantiles("pdserve_time_to_second_token_seconds"),
+            "The first token that waits for the KV transfer.",
+        ),
+        Panel(
+            "Failed requests",
+            "percentunit",
+            (("share", f"pdserve:requests_failed:ratio{{{SYSTEM}}}"),),
+            "Cancelled and invalid requests do not count.",
+        ),
+        Panel(
+            "Alerts",
+            "short",
+            (
+                (
+                    "{{alertname}} {{pool}}{{instance}}",
+                    FIRING,
+                ),
+            ),
+            "What docs/runbook.md has a paragraph for.",
+        ),
+        Panel(
+            "Targets",
+            "short",
+            (("{{instance}}", f'sum by (instance) (up{{job="pdserve", {SYSTEM}}})'),),
+            "1: Prometheus reaches the process.",
+        ),
+    )
+    return (
+        Dashboard("pdserve-overview", "pdserve: overview", overview),
+        Dashboard("pdserve-prefill", "pdserve: prefill pool", _pool("prefill")),
+        Dashboard("pdserve-decode", "pdserve: decode pool", _pool("decode")),
+        Dashboard("pdserve-router", "pdserve: routers", router),
+        Dashboard("pdserve-transfer", "pdserve: KV transfer", transfer),
+        Dashboard("pdserve-slo", "pdserve: objectives and alerts", slo),
+    )
+
+
+def as_json(dashboard: Dashboard) -> str:
+    """As Grafana imports it."""
+    content = {
+        "uid": dashboard.uid,
+        "title": dashboard.title,
+        "tags": ["pdserve"],
+        "schemaVersion": 39,
+        "time": {"from": "now-15m", "to": "now"},
+        "refresh": "5s",
+        "templating": {"list": [_system_variable()]},
+        "links": [{"type": "dashboards", "tags": ["pdserve"], "title": "pdserve", "keepTime": True}],
+        "panels": list(_panels(dashboard.panels)),
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
+def _system_variable() -> dict[str, Any]:
+    query = "label_values(pdserve_desired_workers, system)"
+    return {
+        "name": "system",
+        "type": "query",
+        "datasource": DATASOURCE,
+        "query": {"query": query, "refId": "system"},
+        "definition": query,
+        "refresh": 2,
+        "includeAll": True,
+        "multi": True,
+        "current": {"text": "All", "value": "$__all"},
+    }
+
+
+def _panels(panels: Sequence[Panel]) -> Iterator[dict[str, Any]]:
+    for place, panel in enumerate(panels):
+        x, y = place % 3 * WIDTH, place // 3 * HEIGHT
+        yield {
+            "id": place + 1,
+            "type": "timeseries",
+            "title": panel.title,
+            "description": panel.text,
+            "datasource": DATASOURCE,
+            "gridPos": {"x": x, "y": y, "w": WIDTH, "h": HEIGHT},
+            "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0}, "overrides": []},
+            "options": {
+                "tooltip": {"mode": "multi"},
+                "legend": {"displayMode": "list", "placement": "bottom"},
+            },
+            "targets": [
+                {
+                    "refId": chr(ord("A") + i),
+                    "datasource": DATASOURCE,
+                    "expr": expression,
+                    "legendFormat": legend,
+                }
+                for i, (legend, expression) in enumerate(panel.queries)
+            ],
+        }
+
+
+def _target(ref_id: str, legend: str, expression: str) -> dict[str, Any]:
+    return {"refId": ref_id, "datasource": DATASOURCE, "expr": expression, "legendFormat": legend}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    check = parser.parse_args().check
+    files = {FOLDER / f"{dashboard.uid}.json": as_json(dashboard) for dashboard in dashboards()}
+    if not check:
+        for path, content in files.items():
+            path.write_text(content)
+        return 0
+    stale = [path.name for path, content in files.items() if not path.exists() or path.read_text() != content]
+    stale += [path.name for path in FOLDER.glob("*.json") if path not in files]
+    if stale:
+        print(f"{', '.join(stale)}: not what tools/make_dashboards.py writes: run it", file=sys.stderr)
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
