@@ -120,7 +120,6 @@ class PrefillFetch:
         self._num_layers = num_layers
         self.stats = FetchStats()
         self._segments: asyncio.Queue[Segment | Sealed] = asyncio.Queue()  # Sealed behind all of them
-        self._announced: set[int] = set()  # segment indexes
         self._proof = Proof(0, num_layers, 0)  # until the prompt is reserved
         self._times = TransferTimes()
         self._has_first_token = False
@@ -203,7 +202,7 @@ class PrefillFetch:
                 case Sealed() if self._sealed is not None:
                     self._metrics.count_stale(Sealed)
                 case Sealed() as sealed:
-                    self._require_all_announced(sealed)
+                    self._require_possible(sealed)
                     self._sealed = sealed
                     self._computed_at = self._clock.now() - sealed.since_computed_s
                     self._segments.put_nowait(sealed)
@@ -216,19 +215,23 @@ class PrefillFetch:
                     raise ProtocolViolation(f"{type(other).__name__} came after Reserved")
 
     def _announce(self, segment: Segment) -> None:
-        if self._sealed is not None and segment.index not in self._announced:
-            raise ProtocolViolation(f"segment {segment.index} came after the KV was sealed")
+        if not 0 <= segment.index < self._max_segments:
+            raise ProtocolViolation(f"segment {segment.index} came, of at most {self._max_segments}")
         if self._segments.qsize() >= MAX_WAITING_SEGMENTS:
             raise ProtocolViolation(f"more than {MAX_WAITING_SEGMENTS} segments came without an answer")
-        self._announced.add(segment.index)
         self._segments.put_nowait(segment)
 
-    def _require_all_announced(self, sealed: Sealed) -> None:
-        """Else this end would wait for ever for what will not come."""
-        if sealed.num_segments != len(self._announced):
+    def _require_possible(self, sealed: Sealed) -> None:
+        if not 0 <= sealed.num_segments <= self._max_segments:
             raise ProtocolViolation(
-                f"the source sealed {sealed.num_segments} segments and has announced {len(self._announced)}"
+                f"the source sealed {sealed.num_segments} segments, of at most {self._max_segments}"
             )
+
+    @property
+    def _max_segments(self) -> int:
+        """Each brings at least one layer of one block."""
+        return len(self._hold.block_ids) * self._num_layers
+
 
     def _pass_on(self, first: FirstToken) -> None:
         if self._has_first_token:

@@ -302,10 +302,10 @@ class _PrefillCall:
     async def _read(self) -> None:
         while True:
             match await self._stream.receive():
-                case Reserved() | Busy() as answer if self._job.state is not JobState.STARTING:
+                case Reserved() | Busy() as answer if not self._is_asked:
                     self._source._metrics.count_stale(type(answer))
                 case Reserved(first_missing_block):
-                    self._require_asked("Reserved")
+                    self._is_asked = False
                     if not 0 <= first_missing_block <= self._job.num_blocks:
                         raise ProtocolViolation(
                             f"a prompt of {self._job.num_blocks} blocks cannot lack those from "
@@ -316,7 +316,7 @@ class _PrefillCall:
                     self._answered.set()
                     self._source._wake()
                 case Busy(retry_after_ms):
-                    self._require_asked("Busy")
+                    self._is_asked = False
                     self._rest_s = retry_after_ms / 1000
                     self._job.put_back()
                     self._answered.set()
@@ -333,11 +333,6 @@ class _PrefillCall:
                     return
                 case other:
                     raise ProtocolViolation(f"{type(other).__name__} does not belong on a Prefill stream")
-
-    def _require_asked(self, answer: str) -> None:
-        if not self._is_asked:
-            raise ProtocolViolation(f"{answer} came without a Starting that it answers")
-        self._is_asked = False
 
     def _count_prefix(self) -> None:
         """Once per call, however often the decode worker was busy before."""
