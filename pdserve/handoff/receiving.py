@@ -232,7 +232,6 @@ class PrefillFetch:
         """Each brings at least one layer of one block."""
         return len(self._hold.block_ids) * self._num_layers
 
-
     def _pass_on(self, first: FirstToken) -> None:
         if self._has_first_token:
             self._metrics.count_stale(FirstToken)

@@ -94,6 +94,10 @@ class AttackedSystem:
         labels = {"pool": worker.role.value, "reason": reason.value}
         return worker.registry.get_sample_value("pdserve_refused_calls_total", labels) or 0.0
 
+    def num_stale(self, worker: Worker, kind: str) -> float:
+        labels = {"pool": worker.role.value, "kind": kind}
+        return worker.registry.get_sample_value("pdserve_stale_messages_total", labels) or 0.0
+
     async def open_session(self, **fields: object) -> MessageStream:
         """A Session that has been accepted."""
         stream = await self.peer.open(self.decode.address, Call.SESSION)
