@@ -16,6 +16,7 @@ from pdserve.contract.messages import Hello, Member, PairTransport, Role, Worker
 from pdserve.contract.ports import Call, Clock, Engine, EngineExecutor, Handler, Rng, Rpc, RpcServer
 from pdserve.contract.work import BlockCounts
 from pdserve.engine.block_allocator import BlockAllocator
+from pdserve.engine.watchdog import WatchedExecutor
 from pdserve.handoff.ledger import BlockHold, BlockLedger
 from pdserve.handoff.sending import PrefillSource, SendingSettings
 from pdserve.handoff.transports.base import LocalSide
@@ -71,14 +72,16 @@ class Worker:
         self.registry = CollectorRegistry()
         self.metrics = WorkerMetrics(role.value, self.registry)
         self._info = engine.info
-        self._executor = executor
+        self._executor = WatchedExecutor(executor, engine.cost, clock)
         self._rpc = rpc
         self._server: RpcServer | None = None
         self._running: asyncio.Task[None] | None = None
+        self._over = asyncio.Event()  # the loop has ended, or will never go on
+        self._failure: BaseException | None = None  # why
         self._work = asyncio.Event()
         self._allocator = BlockAllocator(engine.info.num_blocks, engine.info.block_size)
         self.ledger = BlockLedger(self._allocator)
-        side = LocalSide(engine.blocks, engine.info.num_layers, executor, rpc, clock, rng)
+        side = LocalSide(engine.blocks, engine.info.num_layers, self._executor, rpc, clock, rng)
         self._transports = Transports(side, settings.transports)
         self.calls = PrefillSource(
             self._transports,
@@ -147,16 +150,16 @@ class Worker:
         await self._executor.close()
 
     async def ended(self) -> None:
-        """Wait until the engine loop is over, and raise what ended it. Only `stop` ends it in good order."""
-        assert self._running is not None, "the worker has not been started"
-        await asyncio.wait([self._running])
-        if not self._running.cancelled():
-            self._running.result()
+        """Wait until the engine loop is over or will never go on, and raise why. Only `stop` ends it in good
+        order."""
+        await self._over.wait()
+        if self._failure is not None:
+            raise self._failure
 
     def check(self) -> None:
         """Raise what ended the loop, if it has ended, and AssertionError when the ledger does not balance."""
-        if self._running is not None and self._running.done() and not self._running.cancelled():
-            self._running.result()
+        if self._failure is not None:
+            raise self._failure
         self.ledger.check_integrity()
 
     def inspect(self) -> IntegrityReport:
@@ -179,14 +182,19 @@ class Worker:
         assert not stray, f"held by no living call: {', '.join(stray)}"
 
     async def _run(self, server: RpcServer) -> None:
-        """The engine loop. When it fails, all streams break at once: nobody waits for a worker that will
-        never step again."""
+        """The engine loop. When it fails or its engine hangs, all streams break at once: nobody waits for a
+        worker that will never step again."""
+        looping = asyncio.create_task(self.loop.run())
+        watching = asyncio.create_task(self._executor.watch())
         try:
-            await self.loop.run()
-        except Exception:
+            ended, _ = await asyncio.wait({looping, watching}, return_when=asyncio.FIRST_COMPLETED)
+            self._failure = ended.pop().exception()
             self.state = WorkerState.STOPPED
+            self._over.set()
             await server.stop(0.0)
-            raise
+        finally:
+            self._over.set()
+            await cancel_and_wait(looping, watching)
 
     def _make_loop(self, engine: Engine, clock: Clock, settings: WorkerSettings) -> Loop:
         if self.role is Role.PREFILL:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LAST_WORDS_S = 1.0
-"""How long a worker whose engine loop has failed lives on to say why."""
+"""How long a worker whose engine loop has failed or hangs lives on to say why."""
 
 
 class WorkerActor:
@@ -93,9 +93,9 @@ class WorkerActor:
         try:
             await self._worker.ended()
         except Exception as error:  # whatever ended the loop, the process must not live on without it
-            log.critical("the engine loop has failed", exc_info=error)
+            log.critical("the engine loop has failed or hangs", exc_info=error)
             asyncio.get_running_loop().call_later(LAST_WORDS_S, os._exit, 1)
-            return f"its engine loop failed: {type(error).__name__}: {error}"
+            return f"its engine loop failed or hangs: {type(error).__name__}: {error}"
         return "stopped"
 
     async def stop(self) -> None:

@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 from pdserve.contract.ids import BlockHash, SubmitNumber, WorkerId
 from pdserve.contract.messages import Hello, Member, Members, Report, Role, WorkerLoad, WorkerState
-from pdserve.contract.work import ModelInfo
+from pdserve.contract.work import ModelInfo, hung_after_s
 from router.placement import Candidate
 from router.prefix_index import PrefixIndex
 
+VERDICT_S = 2.0
+"""A worker has so much longer to find out itself that its engine hangs."""
 PAIR_TIMEOUT_S = 5.0
 """How long a pair whose hand-off failed is not used."""
 
@@ -35,6 +37,10 @@ class WorkerView:
     hello: Hello | None = None
     load: WorkerLoad | None = None
     reported_at: float = 0.0
+    stepped_at: float = 0.0
+    """When its step counter was last seen to move, or it had nothing to step for."""
+    hung_step: int | None = None
+    """The step in which it hangs; it is not used before that step has ended."""
     connected: bool = False
     """Its streams are open: Watch, and for decode workers the Session."""
     indexed: bool = False
@@ -45,7 +51,27 @@ class WorkerView:
     @property
     def usable(self) -> bool:
         ready = self.load is not None and self.load.state is WorkerState.READY
-        return self.connected and ready and self.member.state is WorkerState.READY
+        return self.connected and ready and not self.hangs and self.member.state is WorkerState.READY
+
+    @property
+    def hangs(self) -> bool:
+        """Its engine hangs, although the worker answers."""
+        return self.load is not None and self.load.step == self.hung_step
+
+    def take(self, load: WorkerLoad, now: float) -> None:
+        """The load that it reports at `now`."""
+        if self.load is None or load.step != self.load.step or not load.running_sequences:
+            self.stepped_at = now
+        self.load, self.reported_at = load, now
+        if now - self.stepped_at > hung_after_s(self._predicted_step_s) + VERDICT_S:
+            self.hung_step = load.step
+
+    @property
+    def _predicted_step_s(self) -> float:
+        if self.load is None or self.hello is None:
+            return 0.0
+        chunk_s = self.hello.model.chunk_tokens / max(self.load.prefill_tokens_per_s, 1.0)
+        return max(self.load.decode_step_s, chunk_s if self.load.prefill_tokens_per_s else 0.0)
 
     @property
     def queued_tokens(self) -> int:
@@ -105,7 +131,7 @@ class Fleet:
 
     def report(self, view: WorkerView, report: Report, now: float) -> bool:
         """Take over a report; False when the index has lost count of the worker and needs a new snapshot."""
-        view.load, view.reported_at = report.load, now
+        view.take(report.load, now)
         self.index.store(report.incarnation, report.stored)
         self.index.remove(report.incarnation, report.removed)
         self.index.sweep()

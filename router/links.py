@@ -203,7 +203,10 @@ class WorkerLink:
             case Report(incarnation) if incarnation != self._view.member.incarnation:
                 self._metrics.count_stale(Report)
             case Report() as report:
-                return self._fleet.report(self._view, report, self._clock.now())
+                agrees = self._fleet.report(self._view, report, self._clock.now())
+                if self._view.hangs and self._submissions:
+                    raise WorkerLost(f"the engine of {self._view.member.worker_id} hangs")
+                return agrees
             case other:
                 raise _unexpected(other)
         return True

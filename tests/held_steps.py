@@ -12,7 +12,7 @@ class HeldSteps:
     """The engine takes `num_free` steps; before the next one it stands still until `release`."""
 
     def __init__(self, worker: Worker, num_free: int) -> None:
-        self._engine = worker._executor._engine  # type: ignore[attr-defined]
+        self._engine = worker._executor._executor._engine  # type: ignore[attr-defined]
         self._step = self._engine.step
         self._num_free = num_free
         self._go = threading.Event()

@@ -135,6 +135,12 @@ class Stalled(PdserveError):
     code = ErrorCode.STALLED
 
 
+class EngineBroken(PdserveError):
+    """A worker's engine hangs, or its device has failed for good; its process has to end."""
+
+    code = ErrorCode.WORKER_LOST
+
+
 class Poisonous(PdserveError):
     """The request kills the worker that serves it, also when that serves nothing else."""
 

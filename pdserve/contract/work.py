@@ -137,6 +137,11 @@ class StepCost:
         )
 
 
+def hung_after_s(predicted_s: float) -> float:
+    """How long a step that should take `predicted_s` may take before its engine counts as hung."""
+    return max(10.0, 20 * predicted_s)
+
+
 @dataclass(frozen=True, slots=True)
 class BlockCounts:
     """KV blocks by state; they sum to the pool's size."""

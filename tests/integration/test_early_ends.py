@@ -218,7 +218,7 @@ async def test_a_client_that_does_not_read_is_cut(system: LocalSystem, text_mode
     async with narrow_api(system, text_model, max_unread=64) as url:
         async with slow_client(url, "/v1/completions", BODY) as client:
             await client.read_until(b"data: ")
-            await until(lambda: ended_at_decode(system, "cancelled") == 4)
+            await until(lambda: ended_at_decode(system, "client_too_slow") == 4)
             await system.at_rest()
     assert system.metric("decode-0", "generated_tokens_total") < 4 * MAX_TOKENS / 2
     assert answered(system, code="client_too_slow", status="408") == 1

@@ -161,3 +161,31 @@ def test_what_is_served_stays_known_while_all_workers_are_replaced() -> None:
     assert info.num_blocks == 5
     connect(fleet, "d0", incarnation=2, num_blocks=7)
     assert fleet.model_info() == replace(INFO, num_blocks=7)
+
+
+def test_a_worker_whose_steps_stand_still_with_work_to_do_is_not_used_until_they_go_on() -> None:
+    fleet = Fleet()
+    fleet.set_members(Members(1, (member("d0"),)))
+    view = connect(fleet, "d0")
+    busy = replace(LOAD, running_sequences=3, step=7)
+    for now in (2.0, 8.0, 13.0):
+        fleet.report(view, report(1, load=busy), now)
+        assert view.usable
+    fleet.report(view, report(1, load=busy), now=14.5)
+    assert view.hangs
+    assert not view.usable
+    fleet.lost(view)
+    connect(fleet, "d0")
+    fleet.report(view, report(1, load=replace(busy, running_sequences=0)), now=16.0)
+    assert not view.usable  # its requests were cancelled, and the step still has not ended
+    fleet.report(view, report(1, load=replace(busy, step=8)), now=17.0)
+    assert view.usable
+
+
+def test_a_worker_without_work_may_stand_still() -> None:
+    fleet = Fleet()
+    fleet.set_members(Members(1, (member("d0"),)))
+    view = connect(fleet, "d0")
+    for now in (2.0, 50.0, 100.0):
+        fleet.report(view, report(1), now)
+        assert view.usable
