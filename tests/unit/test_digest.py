@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdserve.handoff.digest import LANE_BYTES, RUN_LANES, combine, digest
+from pdserve.handoff.digest import (
+    LANE_BYTES,
+    RUN_LANES,
+    Parts,
+    as_ids,
+    as_lanes,
+    combine,
+    copy_parts,
+    digest,
+    digest_parts,
+)
 
 MODULUS = 2**64
 
@@ -123,3 +133,67 @@ def test_swapped_and_shifted_blocks_are_found(block_lanes: int, shift: int) -> N
     payload = random_bytes(block_lanes * LANE_BYTES * 2)
     for bytes_moved in {len(payload) // 2, shift * LANE_BYTES % len(payload)} - {0}:
         assert digest(payload) != digest(payload[bytes_moved:] + payload[:bytes_moved])
+
+
+def pool(num_rows: int, num_lanes: int, seed: int) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+    return np.random.default_rng(seed).integers(0, 256, (num_rows, num_lanes * LANE_BYTES), np.uint8)
+
+
+@pytest.mark.parametrize("num_lanes", [1, 3, 1000, RUN_LANES, RUN_LANES + 1, 3 * RUN_LANES - 1])
+@pytest.mark.parametrize("first_lane", [0, 5, RUN_LANES - 1])
+def test_parts_of_rows_are_copied_and_digested(num_lanes: int, first_lane: int) -> None:
+    """From some lanes of some rows into other lanes of other rows, and nothing beside them."""
+    source, target = pool(7, num_lanes + 2, 1), pool(5, num_lanes + 4, 2)
+    from_rows, to_rows = [6, 0, 3], [1, 4, 2]
+    from_bytes = slice(2 * LANE_BYTES, (2 + num_lanes) * LANE_BYTES)
+    to_bytes = slice(LANE_BYTES, (1 + num_lanes) * LANE_BYTES)
+    expected = target.copy()
+    expected[to_rows, to_bytes] = source[from_rows, from_bytes]
+
+    taken = Parts(as_lanes(source), as_ids(from_rows), 2, 2 + num_lanes)
+    placed = Parts(as_lanes(target), as_ids(to_rows), 1, 1 + num_lanes)
+    value = copy_parts(placed, taken, first_lane)
+
+    np.testing.assert_array_equal(target, expected)
+    assert value == reference(source[from_rows, from_bytes].tobytes(), first_lane)
+    assert digest_parts(placed, first_lane) == digest_parts(taken, first_lane) == value
+
+
+def test_rows_that_may_only_be_read_and_no_rows_at_all() -> None:
+    source = pool(3, 10, 1)
+    source.flags.writeable = False
+    parts = Parts(as_lanes(source), as_ids([2, 2]), 0, 10)
+    assert digest_parts(parts) == reference(source[2].tobytes() * 2)
+    assert digest_parts(parts._replace(row_ids=as_ids([]))) == 0
+
+
+def test_what_lies_in_the_target_is_digested() -> None:
+    """Not what was read from the source, which this copy changes while it goes on."""
+    rows = as_lanes(pool(1, 4, 1))
+    onto_itself = Parts(rows, as_ids([0]), 1, 4)
+    value = copy_parts(onto_itself, Parts(rows, as_ids([0]), 0, 3))
+    assert value == digest(rows[0, 1:4].tobytes())
+
+
+@pytest.mark.parametrize("row_ids", [[-1], [3], [0, 1, 99]])
+def test_rows_that_are_not_there_are_refused(row_ids: list[int]) -> None:
+    good, bad = (Parts(as_lanes(pool(3, 4, 1)), as_ids(ids), 0, 4) for ids in ([0] * len(row_ids), row_ids))
+    for target, source in ((good, bad), (bad, good)):
+        with pytest.raises(IndexError, match="of 3"):
+            copy_parts(target, source)
+    with pytest.raises(IndexError):
+        digest_parts(bad)
+
+
+@pytest.mark.parametrize("change", [{"start": -1}, {"stop": 5}, {"start": 3, "stop": 2}])
+def test_lanes_that_are_not_there_are_refused(change: dict[str, int]) -> None:
+    parts = Parts(as_lanes(pool(3, 4, 1)), as_ids([0]), 0, 4)
+    with pytest.raises(IndexError, match="of 4"):
+        digest_parts(parts._replace(**change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("change", [{"stop": 3}, {"row_ids": as_ids([0, 1])}])
+def test_parts_that_do_not_pair_up_are_refused(change: dict[str, object]) -> None:
+    parts = Parts(as_lanes(pool(3, 4, 1)), as_ids([0]), 0, 4)
+    with pytest.raises(ValueError, match="do not go into"):
+        copy_parts(parts, parts._replace(**change))  # type: ignore[arg-type]
