@@ -102,6 +102,7 @@ class ModelEngine:
         with self._attention.notices.given_to(layers_done):
             logits = self.logits(batch, wanted)
             sampled = self._sample(batch.sequences, wanted, logits)
+            self._wait_for_kernels()
         return StepResult(sampled, time.perf_counter() - started)
 
     @torch.inference_mode()
@@ -120,6 +121,11 @@ class ModelEngine:
         )
         self._attention.plan = None
         return logits
+
+    def _wait_for_kernels(self) -> None:
+        """A step has ended when its kernels have: then other streams and other processes read its KV."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
 
     def _forward(self, token_ids: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
         if self._lean is not None:

@@ -63,6 +63,9 @@ class KvPool:
         else:
             count = num_blocks * layout.block_bytes // layout.dtype.itemsize
             self.tensor = torch.frombuffer(self._memory.map, dtype=layout.dtype, count=count).view(shape)
+        # Copies go beside the kernels of a step, not behind them. No order between the two is needed: what is
+        # copied out is final before anybody asks for it, and `write` returns when its bytes are in place.
+        self._copies = _new_stream(device) if device.type == "cuda" else None
         # [num_blocks, num_layers, bytes of a layer]
         self._bytes = self.tensor.view(num_blocks, layout.num_layers, -1).view(torch.uint8)
 
@@ -83,9 +86,10 @@ class KvPool:
             for row, block_id in enumerate(block_ids):
                 np.copyto(target[row], rows[block_id, layers.start : layers.stop])
         elif payload:
-            index = self._index(block_ids)
-            picked = self._bytes[:, layers.start : layers.stop].index_select(0, index)
-            torch.from_numpy(target).copy_(picked)
+            with torch.cuda.stream(self._copies):
+                index = self._index(block_ids)
+                picked = self._bytes[:, layers.start : layers.stop].index_select(0, index)
+                torch.from_numpy(target).copy_(picked)
         return payload
 
     def write(self, block_ids: Sequence[BlockId], layers: LayerRange, payload: memoryview) -> None:
@@ -100,9 +104,11 @@ class KvPool:
             rows = self._bytes.numpy()
             for row, block_id in enumerate(block_ids):
                 np.copyto(rows[block_id, layers.start : layers.stop], source[row])
-        elif expected:
-            on_device = torch.from_numpy(source.copy()).to(self._bytes.device)
-            self._bytes[:, layers.start : layers.stop].index_copy_(0, self._index(block_ids), on_device)
+        elif self._copies is not None and expected:
+            with torch.cuda.stream(self._copies):
+                on_device = torch.from_numpy(source.copy()).to(self._bytes.device)
+                self._bytes[:, layers.start : layers.stop].index_copy_(0, self._index(block_ids), on_device)
+            self._copies.synchronize()
 
     def clear(self, block_ids: Sequence[int]) -> None:
         """Zero whole blocks, so that positions not yet written hold finite values."""
@@ -141,6 +147,10 @@ class KvPool:
 
     def _index(self, block_ids: Sequence[int]) -> torch.Tensor:
         return torch.tensor(block_ids, dtype=torch.int64, device=self._bytes.device)
+
+
+def _new_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class _MemoryFile:
