@@ -23,6 +23,7 @@ from pdserve.contract.work import ModelInfo, SampledToken
 from pdserve.handoff.receiving import FetchStats, PrefillFetch
 from pdserve.handoff.transports.negotiation import Transports
 from pdserve.metrics import WorkerMetrics
+from pdserve.tasks import outlast
 
 log = logging.getLogger(__name__)
 
@@ -58,19 +59,19 @@ class Arrivals:
         self._clock = clock
         self._metrics = metrics
         self._wake = wake
-        self._fetches: set[asyncio.Task[None]] = set()
+        self._fetches: dict[asyncio.Task[None], None] = {}  # in order, for reproducible runs
         self.pairs: dict[WorkerId, PairTransport] = {}
         """Source -> the transport that it chose last."""
 
     def start(self, request: DecodeRequest, source: PrefillSource) -> None:
         """Ask `source` for the prompt's KV; `request.fetch` is the task that follows it."""
         request.fetch = asyncio.create_task(self._fetch(request, source))
-        self._fetches.add(request.fetch)
-        request.fetch.add_done_callback(self._fetches.discard)
+        self._fetches[request.fetch] = None
+        request.fetch.add_done_callback(self._fetches.pop)
 
     async def over(self) -> None:
         """Wait until every fetch has ended; they end with their requests."""
-        await asyncio.gather(*self._fetches, return_exceptions=True)
+        await outlast(*self._fetches)
 
     async def _fetch(self, request: DecodeRequest, source: PrefillSource) -> None:
         fetch = PrefillFetch(

@@ -56,7 +56,7 @@ class StepPlan:
     decoding: list[DecodeRequest]
     prefilling: list[tuple[DecodeRequest, int]]  # (request, stop of its chunk)
     jobs: list[tuple[PrefillJob, int]]  # prompts of other workers, (job, stop of its chunk)
-    sinks: set[TokenSink] = field(default_factory=set)  # whom the step's results concern
+    sinks: dict[TokenSink, None] = field(default_factory=dict)  # whom the results concern, in order
 
     def __bool__(self) -> bool:
         return bool(self.decoding or self.prefilling or self.jobs)
@@ -206,6 +206,7 @@ class DecodeLoop:
                 else:
                     await self._until_work()
         finally:
+            self.draining = True  # nobody will serve what comes now
             for request in self._requests:
                 self._end(request, ErrorCode.UNAVAILABLE.value)
             await self._arrivals.over()
@@ -299,7 +300,7 @@ class DecodeLoop:
         if sampled is not None:
             self._metrics.generated_tokens.inc()
             self._emit(request, sampled)
-            plan.sinks.add(request.sink)
+            plan.sinks[request.sink] = None
 
     def _advance_job(self, job: PrefillJob, stop: int, sampled: SampledToken | None) -> None:
         if job not in self._calls.jobs:  # its call ended during the step

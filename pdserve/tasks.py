@@ -103,6 +103,19 @@ class TaskScope:
             task.cancel()
 
 
+async def outlast(*tasks: asyncio.Task[Any]) -> None:
+    """Wait until tasks have ended, however often the caller is cancelled meanwhile; that is raised then. What
+    the tasks raise is theirs."""
+    cancelled = False
+    while pending := [task for task in tasks if not task.done()]:
+        try:
+            await asyncio.wait(pending)
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        raise asyncio.CancelledError
+
+
 async def cancel_and_wait(*tasks: asyncio.Task[object]) -> None:
     """Cancel tasks and wait until they have ended; what they raise is dropped."""
     for task in tasks:

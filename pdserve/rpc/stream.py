@@ -19,6 +19,7 @@ from pdserve.contract.messages import (
 )
 from pdserve.contract.ports import Call, Handler, Refusal
 from pdserve.rpc.window import Window
+from pdserve.tasks import outlast
 
 Out = TypeVar("Out")
 
@@ -191,7 +192,7 @@ async def _outlast(serving: "asyncio.Task[None]", stream: BufferedStream[Out]) -
         await asyncio.wait([serving])
     except asyncio.CancelledError:
         stream.break_off("the peer is gone or the server stops")
-        await asyncio.wait([serving])
+        await outlast(serving)
         raise
 
 

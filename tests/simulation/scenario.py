@@ -17,7 +17,7 @@ NUM_FAULTS = 5
 ARRIVALS_S = 0.4
 """Requests come within this time, and faults are aimed from somewhere in it on."""
 
-NATURAL = ("drop", "duplicate", "reorder", "resumed", "healed", "deadline", "preempted", "client too slow")
+NATURAL = ("resumed", "healed", "deadline", "preempted", "client too slow")
 """Events that follow from others or from what is asked, and that nobody aims."""
 
 EOS_TOKENS = tuple(range(20))

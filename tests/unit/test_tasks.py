@@ -8,7 +8,7 @@ import contextlib
 import pytest
 
 from pdserve.contract.errors import StreamBroken
-from pdserve.tasks import task_scope
+from pdserve.tasks import outlast, task_scope
 
 
 async def test_the_first_failure_ends_all_tasks_and_is_raised_as_itself() -> None:
@@ -83,3 +83,17 @@ async def test_tasks_are_cancelled_in_the_order_in_which_they_were_made() -> Non
             await asyncio.sleep(0)
             raise KeyError
     assert ended == list(range(20))
+
+
+async def test_who_is_cancelled_twice_still_waits_for_what_it_must_outlast() -> None:
+    go = asyncio.Event()
+    lasting = asyncio.create_task(go.wait())
+    waiting = asyncio.create_task(outlast(lasting))
+    for _ in range(2):
+        await asyncio.sleep(0)
+        waiting.cancel()
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
