@@ -103,7 +103,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
-    parser.add_argument("--seeds", type=_range, default=range(0, 300), help="FIRST:STOP, or one seed")
+    parser.add_argument("--seeds", type=_range, default=range(300), help="FIRST:STOP, or one seed")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--events", action="store_true", help="print every seed's event log")
     parser.add_argument("--stop-at-first", action="store_true", help="end with the first seed that fails")
@@ -203,9 +203,8 @@ def _report_missing(summary: Summary) -> int:
 
 def _write_results(path: Path, arguments: Sequence[str], summary: Summary, wall_s: float) -> None:
     hits = summary.coverage.hits
-    results = {
+    results = conditions("simulation") | {
         "command": f"python -m tests.simulation {' '.join(arguments)}",
-        "conditions": conditions(),
         "seeds": summary.num_seeds,
         "failed": [outcome.seed for outcome in summary.failed],
         "requests": summary.num_requests,

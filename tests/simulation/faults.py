@@ -10,8 +10,8 @@ from pdserve.contract.messages import Message
 from pdserve.contract.ports import Call
 from pdserve.handoff.prefill_job import PrefillJob
 from pdserve.rpc.memory_rpc import Leg
-from tests.simulation.clients import Client
-from tests.simulation.coverage import MESSAGE_FAULTS, Coverage
+from tests.simulation.clients import Client, Outcome
+from tests.simulation.coverage import MESSAGE_FAULTS, Coverage, Stage
 from tests.simulation.network import Armed, Attempt
 from tests.simulation.scenario import Aim
 from tests.simulation.system import DECODE, PREFILL, ROUTERS, SimulatedSystem
@@ -61,6 +61,12 @@ class Faults:
                 self._system.loop.call_at(
                     client.asked.at_s + client.asked.request.deadline_s, self._note_deadline, client
                 )
+
+    def note_slow_clients(self) -> None:
+        """Those that were cut were cut while tokens came."""
+        for client in self._clients:
+            if client.outcome is Outcome.TOO_SLOW:
+                self._coverage.note("router", Stage.STREAMING, "client too slow")
 
     # Waiting for the moment.
 
@@ -131,8 +137,7 @@ class Faults:
         who, _, fault = event.partition(" ") if " " in event else ("", "", event)
         match event:
             case "slow copies":
-                self._note_process(target.own, event)
-                self._system.slow_copies(target.own, 0.2) if target.own in self._system.machines else None
+                self._slow_copies(target.own)
             case "client left":
                 self._leave(target.request_id)
             case "members late":
@@ -161,6 +166,11 @@ class Faults:
             system.hang(name)
         else:
             system.machines[name].executor.fails = True
+
+    def _slow_copies(self, name: str) -> None:
+        if name in self._system.machines:
+            self._note_own(name, "slow copies")
+            self._system.slow_copies(name, 0.2)
 
     def _cut(self, one: str, other: str) -> None:
         self._note_cut(one, other, "cut off")

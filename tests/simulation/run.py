@@ -95,6 +95,7 @@ async def _serve(clients: Sequence[Client], faults: Faults, system: SimulatedSys
     for task in (*served, everything, failed):
         task.cancel()
     await asyncio.gather(*served, everything, failed, return_exceptions=True)
+    faults.note_slow_clients()
     report.outcomes = Counter(client.outcome for client in clients if client.outcome is not None)
     if not system.failures:
         await _stop(system)

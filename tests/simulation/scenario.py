@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
+from decode_worker.request import Phase
 from pdserve.contract.sampling import SamplingParams
 from pdserve.contract.tokens import pack_tokens
 from router.requests import GenerateRequest
-from tests.simulation.coverage import POSSIBLE, STATES, Combination
+from tests.simulation.coverage import POSSIBLE, STATES, Combination, Stage
 
 BLOCK_SIZE = 4
 NUM_REQUESTS = 20
@@ -55,8 +56,10 @@ class Scenario:
     """Longest time by which steps and copies are late."""
     window_segments: int
     max_segment_blocks: int
+    members_from_s: float
+    """When the routers learn of the workers; until then requests wait."""
     prefill_from_s: float
-    """When the routers learn of the prefill workers; until then decode workers compute prompts."""
+    """When they learn of the prefill workers; until then decode workers compute prompts."""
     asked: Sequence[Asked]
     aims: Sequence[Aim]
 
@@ -64,15 +67,18 @@ class Scenario:
 def draw_scenario(random: Random) -> Scenario:
     """The same for the same state of `random`."""
     num_blocks = random.choice((12, 16, 24))
+    aims = [_draw_aim(random) for _ in range(NUM_FAULTS + random.randrange(4))]
+    aimed_states = {aim.at.state for aim in aims}
     return Scenario(
         num_blocks=num_blocks,
         latency_s=random.choice((0.0, 0.0, 0.001, 0.004)),
         late_s=random.choice((0.0, 0.001, 0.004)),
         window_segments=random.randrange(1, 4),
         max_segment_blocks=random.randrange(1, 4),
-        prefill_from_s=random.choice((0.0, 0.0, 0.0, 0.3)),
+        members_from_s=0.2 if Stage.WAITING in aimed_states else 0.0,
+        prefill_from_s=0.5 if Phase.PREFILLING in aimed_states else 0.0,
         asked=[_draw_asked(random, index, num_blocks) for index in range(NUM_REQUESTS + random.randrange(4))],
-        aims=[_draw_aim(random) for _ in range(NUM_FAULTS + random.randrange(4))],
+        aims=aims,
     )
 
 

@@ -81,9 +81,8 @@ class SimulatedSystem:
             self.start_router(name)
         for name in (*PREFILL, *DECODE):
             await self.start_worker(name)
-        self.caretaker.push()
-        if self.scenario.prefill_from_s:
-            self.loop.call_later(self.scenario.prefill_from_s, self.caretaker.push)
+        for known_from_s in sorted({self.scenario.members_from_s, self.scenario.prefill_from_s}):
+            self.loop.call_later(known_from_s, self.caretaker.push)
 
     def start_router(self, name: str) -> None:
         settings = RouterSettings(journey=JourneySettings(queue_timeout_s=30.0))
@@ -358,7 +357,10 @@ class Caretaker:
 
     def _known(self) -> list[Machine]:
         system = self._system
-        early = system.loop.time() < system.scenario.prefill_from_s
+        now, scenario = system.loop.time(), system.scenario
+        if now < scenario.members_from_s:
+            return []
+        early = now < scenario.prefill_from_s
         return [machine for name, machine in system.machines.items() if not (early and name in PREFILL)]
 
     def _tell(self, desk: Desk, members: Members) -> None:
