@@ -23,7 +23,7 @@ from pdserve.handoff.transports.base import LocalSide
 from pdserve.handoff.transports.negotiation import DEFAULT_ORDER, Transports
 from pdserve.metrics import WorkerMetrics
 from pdserve.rpc.watch import WatchServer
-from pdserve.tasks import cancel_and_wait
+from pdserve.tasks import cancel_and_wait, outlast
 from prefill_worker.loop import PrefillLoop
 
 
@@ -48,6 +48,7 @@ class Loop(Protocol):
     @property
     def waiting_requests(self) -> int: ...
     async def run(self) -> None: ...
+    async def over(self) -> None: ...
 
 
 class Worker:
@@ -194,7 +195,12 @@ class Worker:
             await server.stop(0.0)
         finally:
             self._over.set()
-            await cancel_and_wait(looping, watching)
+            looping.cancel()
+            watching.cancel()
+            try:
+                await outlast(looping, watching)
+            finally:
+                await self.loop.over()
 
     def _make_loop(self, engine: Engine, clock: Clock, settings: WorkerSettings) -> Loop:
         if self.role is Role.PREFILL:

@@ -194,7 +194,7 @@ class DecodeLoop:
     # The loop.
 
     async def run(self) -> None:
-        """Until cancelled; then every request and fetch is ended."""
+        """Until cancelled; then every request is ended. What they have begun is left to `over`."""
         try:
             while True:
                 self._work.clear()
@@ -206,10 +206,12 @@ class DecodeLoop:
                 else:
                     await self._until_work()
         finally:
-            self.draining = True  # nobody will serve what comes now
             for request in self._requests:
                 self._end(request, ErrorCode.UNAVAILABLE.value)
-            await self._arrivals.over()
+
+    async def over(self) -> None:
+        """Wait until nothing that `run` has begun is left, however late: copies are waited for."""
+        await self._arrivals.over()
 
     def _end_overdue(self) -> None:
         """End the requests whose deadline has passed, in whatever phase, also when their router is silent."""

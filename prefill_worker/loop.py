@@ -75,6 +75,9 @@ class PrefillLoop:
             else:
                 await self._work.wait()
 
+    async def over(self) -> None:
+        """Nothing outlives `run`: the calls are their handlers'."""
+
     def _admit(self) -> None:
         num_tokens = self._source.num_tokens_in_line
         while wants_more(num_tokens, self._chunk_tokens):
