@@ -282,6 +282,9 @@ class TlsConfig(_Section):
         return self
 
 
+Transport = Literal["shared_memory", "cuda_ipc", "nixl", "grpc"]
+
+
 class NetworkConfig(_Section):
     """Between routers and workers."""
 
@@ -297,12 +300,12 @@ class NetworkConfig(_Section):
     discovery_port: Port = 9464
     """Where the controller tells Prometheus of all processes (`http_sd_configs`), at `metrics_host`; another
     free port where this one is taken, `pdserve status` shows it. 0 picks a free one."""
-    transports: Annotated[tuple[Literal["shared_memory", "nixl", "grpc"], ...], Field(min_length=1)] = (
+    transports: Annotated[tuple[Transport, ...], Field(min_length=1)] = (
         "shared_memory",
         "grpc",
     )
-    """How KV travels, best first; a pair of workers takes the first that both can use. `nixl` needs the
-    extra of that name, and neither encrypts nor asks who reads."""
+    """How KV travels, best first; a pair of workers takes the first that both can use. `cuda_ipc`
+    is for GPUs of one host. `nixl` needs the extra of that name, and neither encrypts nor asks who reads."""
     tls: TlsConfig = Field(default_factory=TlsConfig)
 
     @model_validator(mode="after")

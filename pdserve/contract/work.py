@@ -194,3 +194,5 @@ class DeviceMemory:
     num_bytes: int
     device: int
     """The GPU's ordinal in this process."""
+    host_id: str
+    """As in `PoolExport`; empty where it is not known."""

@@ -136,7 +136,7 @@ class KvPool:
         if self._memory is not None:
             return None
         num_bytes = self._num_blocks * self.block_bytes
-        return DeviceMemory(self.tensor.data_ptr(), num_bytes, self.tensor.get_device())
+        return DeviceMemory(self.tensor.data_ptr(), num_bytes, self.tensor.get_device(), host_id())
 
     def _segment(
         self, payload: bytearray | memoryview, num_blocks: int, layers: LayerRange

@@ -367,8 +367,8 @@ def test_a_pool_without_rows_is_no_source_and_can_receive(world: World) -> None:
         b"",
         b"\x80\x04.",
         b"{}",
-        b'{"agent": "a", "metadata_hex": "xy", "kind": "DRAM", "address": 0, "num_bytes": 8, "device": 0}',
-        b'{"agent": "a", "metadata_hex": "00", "kind": "DRAM", "address": 0, "num_bytes": 8, "device": 0}',
+        b'{"agent": "a", "metadata": "?", "kind": "DRAM", "address": 0, "num_bytes": 8, "device": 0}',
+        b'{"agent": "a", "metadata": "AAAA", "kind": "DRAM", "address": 0, "num_bytes": 8, "device": 0}',
     ],
 )
 def test_an_endpoint_that_makes_no_sense(world: World, endpoint: bytes) -> None:

@@ -160,7 +160,9 @@ class HeldCopies:
         return await self._copy(held)
 
 
-@pytest.mark.parametrize("name", ["grpc", "grpc-threads", "shared_memory", "shared_memory-copying", "nixl"])
+@pytest.mark.parametrize(
+    "name", ["grpc", "grpc-threads", "shared_memory", "shared_memory-copying", "nixl", "cuda_ipc"]
+)
 @pytest.mark.parametrize("end", ["source", "decode"])
 def test_a_cancelled_copy_touches_no_block_afterwards(
     name: str, end: str, monkeypatch: pytest.MonkeyPatch

@@ -20,13 +20,14 @@ from pdserve.clock import LoopClock, SeededRng, VirtualClock, run_virtual
 from pdserve.contract.ids import BlockId
 from pdserve.contract.messages import TransportChoice
 from pdserve.contract.ports import Call, EngineExecutor, Rpc, RpcServer
-from pdserve.contract.work import POOL_FILE_NAME, LayerRange, PoolExport
+from pdserve.contract.work import POOL_FILE_NAME, DeviceMemory, LayerRange, PoolExport
 from pdserve.engine.executor import InlineExecutor, ThreadExecutor
 from pdserve.engine.fake_engine import FakeEngine
 from pdserve.handoff.transports.base import LocalSide, SegmentReceiver, SegmentSender
 from pdserve.handoff.transports.negotiation import Transports
 from pdserve.rpc.grpc_rpc import GrpcRpc
 from pdserve.rpc.memory_rpc import MemoryNetwork, MemoryRpc
+from tests.contract.memfd_driver import MemfdDriver
 from tests.contract.rpc_pair import no_new_tasks
 from tests.credentials import OURS
 
@@ -76,6 +77,16 @@ class CopyingPool(MemoryFilePool):
 
     def rows(self) -> None:  # type: ignore[override]
         return None
+
+
+class DevicePool(CopyingPool):
+    """In what stands for a GPU's memory, and can be opened by another process through its driver alone."""
+
+    def export(self) -> None:
+        return None
+
+    def device_memory(self) -> DeviceMemory:
+        return DeviceMemory(self.array.ctypes.data, self.array.nbytes, 0, self.host_id)
 
 
 class Worker:
@@ -196,7 +207,7 @@ class World:
     def run(self, story: Story, num_blocks: int = 40, block_bytes: int = 1536, num_layers: int = 3) -> None:
         """Run the story of a pair; nothing is left afterwards."""
         self.skip_without_its_package()
-        with nothing_left():
+        with nothing_left(), MemfdDriver.in_place_of_cuda():
             run = run_virtual if self.is_virtual else asyncio.run
             run(self._tell(story, num_blocks, block_bytes, num_layers))
 
@@ -241,6 +252,7 @@ WORLDS = {
     "shared_memory": ("shared_memory", "memory", MemoryFilePool),
     "shared_memory-copying": ("shared_memory", "memory", CopyingPool),
     "nixl": ("nixl", "memory", MemoryFilePool),
+    "cuda_ipc": ("cuda_ipc", "memory", DevicePool),
 }
 
 

@@ -79,7 +79,11 @@ def test_an_unknown_key_names_the_file_the_key_and_what_is_meant(tmp_path: Path)
         ("pools.decode.replicas", 0, ["decode.replicas must be at least 1"]),
         ("router.http_port", 70000, ["router.http_port", "65535"]),
         ("network.worker_ports", "9-3", ["network.worker_ports", "30000-30999"]),
-        ("network.transports", ["pigeon"], ["network.transports", "'shared_memory', 'nixl' or 'grpc'"]),
+        (
+            "network.transports",
+            ["pigeon"],
+            ["network.transports", "'shared_memory', 'cuda_ipc', 'nixl' or 'grpc'"],
+        ),
         ("network.transports", [], ["network.transports"]),
         (
             "network",

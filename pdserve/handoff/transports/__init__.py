@@ -6,8 +6,11 @@
 - `shared_memory`: straight out of the source's pool, on one host.
 - `nixl`: by RDMA, NVLink or what else UCX finds, into `staging` memory; `nixl_agent` and `nixl_remotes`
   keep what NIXL knows. An optional extra.
+- `cuda_ipc`: from GPU to GPU on one host. `ipc_driver` is what it needs of CUDA, `cuda_driver` and
+  `device_digest` do it, `open_peers` keeps what is open of other processes.
 - `pool_bytes`: the own blocks, as all of them read and write them.
 - `announcing`: the source's end where receivers read the source's pool by themselves.
+- `endpoints`: base of what two ends tell each other.
 - `pieces`: how a segment is cut that moves in several steps.
 
 To add one: implement `base.Transport` in a file of its own, name it in `negotiation`, add a world to

@@ -2,23 +2,25 @@
 
 import asyncio
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pdserve.contract.errors import ProtocolViolation, StreamBroken
 from pdserve.contract.ids import BlockId
 from pdserve.contract.messages import Segment
 from pdserve.contract.work import LayerRange
 from pdserve.handoff.transports.base import LocalSide, TransferStats
-from pdserve.handoff.transports.pool_bytes import PoolBytes
+
+Digest = Callable[[Sequence[BlockId], LayerRange], int]
+"""Of parts of the own pool; runs on the transfer thread."""
 
 
 class AnnouncingSender:
     """Says where the bytes lie and what their digest is. Implements `SegmentSender`."""
 
-    def __init__(self, side: LocalSide, pool: PoolBytes) -> None:
+    def __init__(self, side: LocalSide, digest: Digest) -> None:
         self.stats = TransferStats()
         self._side = side
-        self._pool = pool
+        self._digest = digest
         self._sending = asyncio.Lock()
         self._closed = False
 
@@ -30,8 +32,7 @@ class AnnouncingSender:
         async with self._sending:
             if self._closed:
                 raise StreamBroken("this transfer has ended")
-            job = functools.partial(self._pool.digest, rows, layers)
-            digest = await self._side.executor.copy(job)
+            digest = await self._side.executor.copy(functools.partial(self._digest, rows, layers))
         num_bytes = len(rows) * self._side.part_bytes(layers)
         self.stats.add(num_bytes, self._side.clock.now() - started_at)
         return Segment(index, first_block, len(rows), layers, digest, num_bytes, source_blocks=rows)

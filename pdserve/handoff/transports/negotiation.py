@@ -7,6 +7,7 @@ from pdserve.contract.errors import ConfigError, ProtocolViolation, Unavailable
 from pdserve.contract.messages import TransportChoice, TransportOffer
 from pdserve.contract.ports import Handler
 from pdserve.handoff.transports.base import Accepted, LocalSide, SegmentReceiver, Transport
+from pdserve.handoff.transports.cuda_ipc import CudaIpcTransport
 from pdserve.handoff.transports.grpc_stream import GrpcStreamTransport
 from pdserve.handoff.transports.nixl import NixlTransport
 from pdserve.handoff.transports.shared_memory import SharedMemoryTransport
@@ -23,6 +24,7 @@ class Transports:
         grpc_stream = GrpcStreamTransport(side)
         known: dict[str, Callable[[LocalSide], Transport]] = {
             SharedMemoryTransport.name: SharedMemoryTransport,
+            CudaIpcTransport.name: CudaIpcTransport,
             NixlTransport.name: NixlTransport,
             GrpcStreamTransport.name: lambda side: grpc_stream,
         }

@@ -18,10 +18,9 @@ import functools
 import logging
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pdserve.contract.errors import ProtocolViolation, StreamBroken
 from pdserve.contract.ids import BlockId
@@ -37,6 +36,7 @@ from pdserve.handoff.transports.base import (
     SegmentReceiver,
     TransferStats,
 )
+from pdserve.handoff.transports.endpoints import Endpoint
 from pdserve.handoff.transports.nixl_agent import (
     BACKEND,
     Descriptors,
@@ -58,33 +58,27 @@ READS_AHEAD = 2
 """How many pieces of a segment are in staging memory or on their way there."""
 
 
-class _Layout(BaseModel):
+class _Layout(Endpoint):
     """What has to be equal on both sides."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     backend: str
     num_layers: int
     block_bytes: int
 
 
-class _ReceiverEndpoint(BaseModel):
+class _ReceiverEndpoint(Endpoint):
     """What a receiver tells in its offer."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     layout: _Layout
     broken: tuple[str, ...]
     """Agents that it can read nothing from at present."""
 
 
-class _SourceEndpoint(BaseModel):
+class _SourceEndpoint(Endpoint):
     """What a source tells in its choice."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
     agent: str
-    metadata_hex: str
+    metadata: bytes
     kind: str
     address: int
     num_bytes: int
@@ -116,26 +110,26 @@ class NixlTransport:
         if self._remotes is None or self._staging.is_lost:
             return None
         endpoint = _ReceiverEndpoint(layout=self._layout, broken=self._remotes.broken)
-        return TransportOffer(self.name, endpoint=endpoint.model_dump_json().encode())
+        return TransportOffer(self.name, endpoint=endpoint.encode())
 
     def accept(self, offer: TransportOffer) -> Accepted | Declined:
         if self._remotes is None:
             return Declined(self._why_unusable)
         if self._exported is None:
             return Declined("the source's pool is not one stretch of memory in canonical order")
-        receiver = _parse(_ReceiverEndpoint, offer.endpoint)
+        receiver = _ReceiverEndpoint.decode(offer.endpoint)
         if receiver.layout != self._layout:
             return Declined(f"the receiver has {receiver.layout}, the source {self._layout}")
         if self._remotes.agent.name in receiver.broken:
             return Declined("an earlier read from here failed and has not ended")
-        endpoint = self._describe(self._remotes.agent, self._exported).model_dump_json().encode()
+        endpoint = self._describe(self._remotes.agent, self._exported).encode()
         choice = TransportChoice(self.name, f"both have NIXL with {BACKEND}", endpoint=endpoint)
-        return Accepted(choice, AnnouncingSender(self._side, self._pool))
+        return Accepted(choice, AnnouncingSender(self._side, self._pool.digest))
 
     async def connect(self, choice: TransportChoice, source_address: str) -> SegmentReceiver:
         if self._remotes is None:
             raise ProtocolViolation(f"{source_address} chose {self.name}, which was not offered")
-        remote = await self._remotes.acquire(_source(_parse(_SourceEndpoint, choice.endpoint)))
+        remote = await self._remotes.acquire(_source(_SourceEndpoint.decode(choice.endpoint)))
         return _Receiver(self._side, self._pool, self._staging, self._remotes, remote)
 
     async def close(self) -> None:
@@ -149,7 +143,7 @@ class NixlTransport:
 
     @staticmethod
     def _describe(agent: NixlAgent, pool: Memory) -> _SourceEndpoint:
-        return _SourceEndpoint(agent=agent.name, metadata_hex=agent.metadata.hex(), **pool._asdict())
+        return _SourceEndpoint(agent=agent.name, metadata=agent.metadata, **pool._asdict())
 
 
 class _StagedRead(NamedTuple):
@@ -268,8 +262,6 @@ _log = logging.getLogger(__name__)
 _ABANDONED: list[Staging] = []
 """Of transports that were closed with a read under way: it may still be written to until the process ends."""
 
-Model = TypeVar("Model", bound=BaseModel)
-
 
 def _pool_memory(side: LocalSide) -> Memory | None:
     """Where the own pool lies; None when it is not one stretch of memory."""
@@ -283,20 +275,9 @@ def _pool_memory(side: LocalSide) -> Memory | None:
     return None
 
 
-def _parse(model: type[Model], endpoint: bytes) -> Model:
-    try:
-        return model.model_validate_json(endpoint)
-    except ValidationError as error:
-        raise ProtocolViolation(f"the peer's nixl endpoint is not understood: {error}") from error
-
-
 def _source(endpoint: _SourceEndpoint) -> Source:
-    try:
-        metadata = bytes.fromhex(endpoint.metadata_hex)
-    except ValueError as error:
-        raise ProtocolViolation(f"the source's NIXL metadata are not hexadecimal: {error}") from error
     pool = Memory(endpoint.kind, endpoint.address, endpoint.num_bytes, endpoint.device)
-    return Source(endpoint.agent, metadata, pool)
+    return Source(endpoint.agent, endpoint.metadata, pool)
 
 
 def _descriptors(starts: Descriptors, num_bytes: int, device: int) -> Descriptors:

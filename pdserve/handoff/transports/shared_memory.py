@@ -66,7 +66,7 @@ class SharedMemoryTransport:
         if not _is_sealed(export.fd):
             return Declined("the pool's file is not sealed against shrinking")
         choice = TransportChoice(self.name, "same host", pool=export)
-        return Accepted(choice, AnnouncingSender(self._side, self._pool))
+        return Accepted(choice, AnnouncingSender(self._side, self._pool.digest))
 
     async def connect(self, choice: TransportChoice, source_address: str) -> SegmentReceiver:
         if choice.pool is None:
