@@ -90,8 +90,10 @@ class CudaDriver:
 
     @contextlib.contextmanager
     def _side_stream(self) -> Iterator[None]:
-        """What is done inside goes beside the kernels of a step, and has ended after the block. It needs no
-        order with them: what is read is final before anybody asks for it, and what is written is in no step."""
+        """What is done inside goes beside the kernels of a step, and has ended after the block.
+
+        It needs no order with them: what is read is final before anybody asks for it, and what is written
+        is in no step."""
         with torch.cuda.stream(self._stream):
             try:
                 yield
