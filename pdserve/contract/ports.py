@@ -132,7 +132,8 @@ class BlockStore(Protocol):
         ...
 
     def export(self) -> PoolExport | None:
-        """How a process on this host can map the pool; None when it cannot."""
+        """How a process on this host can map the pool; None when it cannot, or when the rows that it would
+        see are not whole blocks in canonical order: those who map it copy them as they lie."""
         ...
 
 

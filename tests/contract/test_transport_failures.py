@@ -5,7 +5,7 @@ import dataclasses
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
 
 import numpy as np
@@ -16,7 +16,7 @@ from pdserve.contract.ids import BlockId
 from pdserve.contract.messages import Segment, TransportChoice
 from pdserve.contract.ports import EngineExecutor
 from pdserve.handoff.transports import grpc_stream
-from pdserve.handoff.transports.base import SegmentSender
+from pdserve.handoff.transports.base import SegmentReceiver, SegmentSender
 from tests.contract.transport_pair import (
     WORLDS,
     Pair,
@@ -197,6 +197,88 @@ def test_a_cancelled_copy_touches_no_block_afterwards(
         await transfer.close()
 
     World(*WORLDS[name]).run(story)
+
+
+POINTS = ("chosen", "connected", "sent", "received", "sent ahead", "cancelled", "received again")
+"""How far a transfer has come when it is given up."""
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("first", ["source", "decode"])
+def test_a_transfer_given_up_at_any_point(world: World, point: str, first: str) -> None:
+    """Both ends close, one or the other first; only what was received has changed, and the pair goes on."""
+
+    async def story(pair: Pair) -> None:
+        ids = block_ids(12, 40, 1)
+        expected = pair.decode.pool.array.copy()
+        ends = [end async for end in come_to(point, pair, ids)]
+        for end in ends if first == "source" else reversed(ends):
+            await end.close()
+            await end.close()
+        num_received = 4 * {"received": 1, "sent ahead": 1, "cancelled": 1, "received again": 2}.get(point, 0)
+        if point == "cancelled":  # that copy may have ended, or not have begun
+            expected[ids[4:8]] = pair.decode.pool.array[ids[4:8]]
+        expected[ids[:num_received]] = pair.source.pool.array[ids[:num_received]]
+        np.testing.assert_array_equal(pair.decode.pool.array, expected)
+
+        transfer = await pair.open()
+        segment = await transfer.sender.send(0, 0, ids, pair.all_layers)
+        assert await transfer.receiver.receive(segment, ids)
+        await transfer.close()
+        np.testing.assert_array_equal(pair.decode.pool.array[ids], pair.source.pool.array[ids])
+
+    world.run(story)
+
+
+async def come_to(
+    point: str, pair: Pair, ids: list[BlockId]
+) -> AsyncIterator[SegmentSender | SegmentReceiver]:
+    """The ends of a transfer of three segments that has come to `point`."""
+    accepted = pair.source.transports.choose(pair.decode.transports.offers())
+    yield accepted.sender
+    if point == "chosen":
+        return
+    receiver = await pair.decode.transports.connect(accepted.choice, pair.source.address)
+    yield receiver
+    reached = POINTS.index(point)
+    segments = []
+    if reached >= POINTS.index("sent"):
+        segments.append(await accepted.sender.send(0, 0, ids[:4], pair.all_layers))
+    if reached >= POINTS.index("received"):
+        assert await receiver.receive(segments[0], ids[:4])
+    if reached >= POINTS.index("sent ahead"):
+        segments.append(await accepted.sender.send(1, 4, ids[4:8], pair.all_layers))
+        segments.append(await accepted.sender.send(2, 8, ids[8:], pair.all_layers))
+    if point == "cancelled":
+        receiving = asyncio.ensure_future(receiver.receive(segments[1], ids[4:8]))
+        await asyncio.sleep(0)
+        receiving.cancel()
+        await asyncio.wait([receiving])
+    if point == "received again":
+        assert await receiver.receive(segments[1], ids[4:8])
+
+
+def test_many_transfers_given_up_while_others_go_on(world: World) -> None:
+    async def story(pair: Pair) -> None:
+        async def call(number: int) -> None:
+            ids = [BlockId(block) for block in range(number * 8, number * 8 + 8)]
+            transfer = await pair.open()
+            segment = await transfer.sender.send(0, 0, ids[:4], pair.all_layers)
+            assert await transfer.receiver.receive(segment, ids[:4])
+            if number % 2 == 0:
+                segment = await transfer.sender.send(1, 4, ids[4:], pair.all_layers)
+                assert await transfer.receiver.receive(segment, ids[4:])
+            await transfer.close()
+
+        before = pair.decode.pool.array.copy()
+        await asyncio.gather(*(call(number) for number in range(12)))
+        for number in range(12):
+            moved = slice(number * 8, number * 8 + (8 if number % 2 == 0 else 4))
+            left = slice(moved.stop, number * 8 + 8)
+            np.testing.assert_array_equal(pair.decode.pool.array[moved], pair.source.pool.array[moved])
+            np.testing.assert_array_equal(pair.decode.pool.array[left], before[left])
+
+    world.run(story, 96)
 
 
 # Peers that die

@@ -15,7 +15,15 @@ from pdserve.contract.ports import Call, MessageStream
 from pdserve.contract.work import LayerRange
 from pdserve.handoff.digest import digest
 from pdserve.handoff.transports.pieces import PIECE_BYTES, cut
-from tests.contract.transport_pair import WORLDS, MemoryFilePool, Pair, World, block_ids
+from tests.contract.transport_pair import (
+    WORLDS,
+    MemoryFilePool,
+    Pair,
+    Worker,
+    World,
+    block_ids,
+    open_transfer,
+)
 
 
 @pytest.fixture(params=WORLDS)
@@ -138,7 +146,95 @@ def test_many_calls_at_once(world: World) -> None:
     world.run(story, 200)
 
 
+def test_a_long_prompt_under_a_full_window(world: World) -> None:
+    """Segments of 256 blocks and an odd tail. At most eight are unacknowledged, as in a Prefill call, and the
+    source is always ahead."""
+
+    async def story(pair: Pair) -> None:
+        sources, targets = block_ids(3001, 3200, 1), block_ids(3001, 3200, 2)
+        expected = pair.decode.pool.array.copy()
+        expected[targets] = pair.source.pool.array[sources]
+        transfer = await pair.open()
+        window = asyncio.Semaphore(8)
+        announced: asyncio.Queue[Segment | None] = asyncio.Queue()
+
+        async def send_all() -> None:
+            for index, first in enumerate(range(0, len(sources), 256)):
+                await window.acquire()
+                ids = sources[first : first + 256]
+                announced.put_nowait(await transfer.sender.send(index, first, ids, pair.all_layers))
+            announced.put_nowait(None)
+
+        sending = asyncio.ensure_future(send_all())
+        num_blocks = 0
+        while (segment := await announced.get()) is not None:
+            for _ in range(20):
+                await asyncio.sleep(0)  # the source goes ahead as far as it may
+            last = segment.first_block + segment.num_blocks
+            assert await transfer.receiver.receive(segment, targets[segment.first_block : last])
+            num_blocks += segment.num_blocks
+            window.release()
+        await sending
+        await transfer.close()
+        assert num_blocks == len(sources)
+        np.testing.assert_array_equal(pair.decode.pool.array, expected)
+
+    world.run(story, 3200, 48, 3)
+
+
+def test_many_pairs_at_once(world: World) -> None:
+    """Each of four sources ships to each of four decode workers, all at the same time."""
+
+    async def story(first: Pair) -> None:
+        others = [Pair(world, 64, 1536, 3, suffix=f"-{number}") for number in range(3)]
+        for pair in others:
+            await pair.start()
+        pairs = [first, *others]
+
+        async def ship(source: Worker, decode: Worker, quarter: int) -> None:
+            ids = [BlockId(block) for block in range(quarter * 16, quarter * 16 + 16)]
+            transfer = await open_transfer(source, decode)
+            for index in range(4):
+                part = ids[index * 4 : index * 4 + 4]
+                segment = await transfer.sender.send(index, index * 4, part, first.all_layers)
+                assert await transfer.receiver.receive(segment, part)
+            await transfer.close()
+
+        await asyncio.gather(
+            *(
+                ship(from_pair.source, to_pair.decode, quarter)
+                for quarter, from_pair in enumerate(pairs)
+                for to_pair in pairs
+            )
+        )
+        for pair in pairs:
+            for quarter, from_pair in enumerate(pairs):
+                rows = slice(quarter * 16, quarter * 16 + 16)
+                np.testing.assert_array_equal(pair.decode.pool.array[rows], from_pair.source.pool.array[rows])
+        for pair in others:
+            await pair.close()
+
+    world.run(story, 64)
+
+
 # What is wrong is found
+
+
+def test_a_source_that_changes_what_it_has_announced_is_found_out(world: World) -> None:
+    """Whatever arrives then is the old or the new, never a mixture that is believed."""
+
+    async def story(pair: Pair) -> None:
+        ids = block_ids(12, 40, 5)
+        old = pair.source.pool.array[ids].copy()
+        transfer = await pair.open()
+        segment = await transfer.sender.send(0, 0, ids, pair.all_layers)
+        pair.source.pool.array[ids] ^= 255
+        matched = await transfer.receiver.receive(segment, ids)
+        assert matched == np.array_equal(pair.decode.pool.array[ids], old)
+        assert transfer.receiver.stats.num_mismatches == (not matched)
+        await transfer.close()
+
+    world.run(story)
 
 
 def test_a_wrong_digest_is_found_and_the_segment_sent_again(world: World) -> None:

@@ -136,14 +136,20 @@ class Transfer:
         await self.receiver.close()
 
 
+async def open_transfer(source: Worker, decode: Worker) -> Transfer:
+    accepted = source.transports.choose(decode.transports.offers())
+    receiver = await decode.transports.connect(accepted.choice, source.address)
+    return Transfer(accepted.sender, receiver, accepted.choice)
+
+
 class Pair:
     """A source and a decode worker, with random bytes in both pools."""
 
-    def __init__(self, world: "World", num_blocks: int, block_bytes: int, num_layers: int):
+    def __init__(self, world: "World", num_blocks: int, block_bytes: int, num_layers: int, suffix: str = ""):
         self.world = world
-        rng = np.random.default_rng(num_blocks)
-        self.source = self._make_worker("source", num_blocks, block_bytes, num_layers)
-        self.decode = self._make_worker("decode", num_blocks, block_bytes, num_layers)
+        rng = np.random.default_rng([num_blocks, len(suffix), sum(suffix.encode())])
+        self.source = self._make_worker(f"source{suffix}", num_blocks, block_bytes, num_layers)
+        self.decode = self._make_worker(f"decode{suffix}", num_blocks, block_bytes, num_layers)
         for worker in (self.source, self.decode):
             worker.pool.array[:] = rng.integers(0, 256, worker.pool.array.shape, np.uint8)
         self.all_layers = LayerRange(0, num_layers)
@@ -156,9 +162,7 @@ class Pair:
         return Worker(side, (self.world.transport,))
 
     async def open(self) -> Transfer:
-        accepted = self.source.transports.choose(self.decode.transports.offers())
-        receiver = await self.decode.transports.connect(accepted.choice, self.source.address)
-        return Transfer(accepted.sender, receiver, accepted.choice)
+        return await open_transfer(self.source, self.decode)
 
     def part(self, worker: Worker, block_id: int, layers: LayerRange) -> bytes:
         layer_bytes = worker.side.layer_bytes

@@ -77,8 +77,8 @@ class MappedBlocks(Protocol):
     """What a BlockStore may have besides: its bytes without a copy."""
 
     def rows(self) -> memoryview | None:
-        """The pool's own bytes, writable, format "B", shape [num_blocks, block_bytes], C-contiguous; None
-        when they are not in host memory."""
+        """The pool's own bytes, writable, format "B", shape [num_blocks, block_bytes], C-contiguous, each row
+        in canonical order; None when they do not lie so in host memory."""
         ...
 
 

@@ -60,7 +60,9 @@ class SharedMemoryTransport:
     def accept(self, offer: TransportOffer) -> Accepted | Declined:
         export = self._side.blocks.export()
         if export is None:
-            return Declined("the pool cannot be mapped (it is in GPU memory)")
+            return Declined(
+                "the source's pool cannot be mapped (in GPU memory, or its rows are not in canonical order)"
+            )
         if export.host_id != offer.host_id:
             return Declined("different host or container")
         if not _is_sealed(export.fd):
