@@ -100,7 +100,7 @@ class RouterFront:
         self._http = await self._at_port(
             self._config.http_port,
             previous.address if previous else "",
-            lambda port: serve_http(app, host, port),
+            lambda port: serve_http(app, host, port, self._config.request_timeout_s),
         )
         if self._config.grpc_port is not None:
             self._grpc = await self._at_port(

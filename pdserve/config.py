@@ -250,6 +250,9 @@ class RouterConfig(_Section):
     stall_timeout_s: PositiveSeconds = 60.0
     """An attempt without its next token is given up after so long and the request placed again. A hung engine
     ends sooner by itself."""
+    request_timeout_s: PositiveSeconds = 60.0
+    """How long a client of the HTTP API may take to send a whole request, its body included; then it is
+    cut."""
     admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
     """How much one router takes in."""
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
