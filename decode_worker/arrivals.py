@@ -93,6 +93,8 @@ class Arrivals:
             outcome = "verified"
         except PdserveError as error:
             outcome = error.info.code.value
+            if error.info.code is ErrorCode.FINGERPRINT_MISMATCH:
+                self.pairs[source.worker_id] = PairTransport(source.worker_id, "none", error.info.message)
             self._failed(request, source, error.info)
         except Exception as error:  # an error of ours must end the request, not strand it
             log.exception("fetching the KV of %s from %s", request.submit.request_id, source.worker_id)

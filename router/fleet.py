@@ -5,6 +5,7 @@ what it has just sent somewhere, because a worker's report about it comes a mome
 """
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -129,6 +130,16 @@ class Fleet:
         view.indexed = True
         self.index.add_worker(hello.incarnation)
 
+    def strangers(self, hello: Hello) -> list[Hello]:
+        """Of the workers that `hello`'s would be paired with by role, those whose KV means something else."""
+        others = (view.hello for view in self.workers.values() if view.hello is not None)
+        return [
+            other
+            for other in others
+            if {other.role, hello.role} == {Role.PREFILL, Role.DECODE}
+            and other.model.fingerprint != hello.model.fingerprint
+        ]
+
     def report(self, view: WorkerView, report: Report, now: float) -> bool:
         """Take over a report; False when the index has lost count of the worker and needs a new snapshot."""
         view.take(report.load, now)
@@ -153,9 +164,14 @@ class Fleet:
             self.index.remove_worker(view.hello.incarnation)
         self.changed.set()
 
+    def pair_refused(self, prefill: WorkerId, decode: WorkerId) -> None:
+        """Their KV does not mean the same: no such pair until one of them is another incarnation."""
+        self._failed_pairs[prefill, decode] = math.inf
+
     def pair_failed(self, prefill: WorkerId, decode: WorkerId, now: float) -> None:
         """A hand-off between two workers failed: do not try that pair for a while."""
-        self._failed_pairs[prefill, decode] = now + PAIR_TIMEOUT_S
+        until = self._failed_pairs.get((prefill, decode), now)
+        self._failed_pairs[prefill, decode] = max(until, now + PAIR_TIMEOUT_S)
 
     # What the journey asks.
 

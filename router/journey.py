@@ -335,7 +335,12 @@ class Journey:
         return event._replace(first_index=progress.num_output, tokens=new, logprobs=event.logprobs[num_seen:])
 
     def _note_failure(self, placement: Placement, event: SubmissionEnd) -> None:
-        if event.lost_source and placement.prefill is not None:
+        if not event.lost_source or placement.prefill is None:
+            return
+        if event.error.code is ErrorCode.FINGERPRINT_MISMATCH:
+            log.warning("%s is not paired any more: %s", placement.prefill, event.error.message)
+            self._fleet.pair_refused(placement.prefill, placement.decode)
+        else:
             self._fleet.pair_failed(placement.prefill, placement.decode, self._clock.now())
 
     def _observe(self, progress: Progress, tokens: SubmissionTokens) -> None:

@@ -193,6 +193,7 @@ class WorkerLink:
         if not isinstance(message, Hello):
             raise _unexpected(message)
         self._check(message)
+        self._warn_of_strangers(message)
         self._fleet.hello(self._view, message)
 
     def _take_report(self, message: object) -> bool:
@@ -226,6 +227,16 @@ class WorkerLink:
             raise ProtocolViolation(
                 f"{hello.worker_id} names blocks in another way than this router: "
                 "run the same version of pdserve everywhere"
+            )
+
+    def _warn_of_strangers(self, hello: Hello) -> None:
+        """Placement pairs only workers whose KV means the same."""
+        for other in self._fleet.strangers(hello):
+            log.warning(
+                "%s (%s, blocks of %d tokens) and %s (%s, blocks of %d tokens) cannot be paired: "
+                "their model, revision, dtype, block size or version of pdserve differs",
+                *(hello.worker_id, hello.model.name, hello.model.block_size),
+                *(other.worker_id, other.model.name, other.model.block_size),
             )
 
     async def _hold_session(self) -> None:

@@ -57,10 +57,18 @@ def choose(
     ]
     best_prefill = _best(sources, turn)
     if best_prefill is None:
-        why = "no prefill worker" if not prefill else "no prefill worker fits this decode worker now"
+        why = _why_local(best_decode, prefill)
         return Placement(best_decode.worker_id, None, f"local: {why}; {_explain(best_decode)}")
     reason = f"split: {_explain(best_prefill)}; {_explain(best_decode)}"
     return Placement(best_decode.worker_id, best_prefill.worker_id, reason)
+
+
+def _why_local(decode: Candidate, prefill: Sequence[Candidate]) -> str:
+    if not prefill:
+        return "no prefill worker"
+    if all(candidate.fingerprint != decode.fingerprint for candidate in prefill):
+        return f"no prefill worker has KV that fits {decode.worker_id} (model, revision, dtype, block size)"
+    return "no prefill worker fits this decode worker now"
 
 
 def _best(candidates: Sequence[Candidate], turn: int) -> Candidate | None:

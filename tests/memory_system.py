@@ -124,7 +124,13 @@ class MemorySystem:
 
     def expected(self, prompt: Sequence[int], sampling: SamplingParams, seed: int = 7) -> list[int]:
         """The single process's output."""
-        engine = next(iter(self.engines.values()))
+        return self.reference(next(iter(self.engines)), prompt, sampling, seed)
+
+    def reference(
+        self, worker: str, prompt: Sequence[int], sampling: SamplingParams, seed: int = 7
+    ) -> list[int]:
+        """What the engine of `worker` would put out by itself."""
+        engine = self.engines[worker]
         return engine.reference_output(pack_tokens(prompt), sampling, seed, sampling.max_tokens)
 
     def metric(self, worker: str, name: str, **labels: str) -> float:

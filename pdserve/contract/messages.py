@@ -311,7 +311,7 @@ class PairTransport:
     source: WorkerId
     transport: str
     reason: str
-    """Why this transport and none that would be faster."""
+    """Why this transport and none that would be faster; or, of "none", why the source refuses the pair."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -198,7 +198,9 @@ class PrefillSource:
             raise StaleIncarnation("this worker was restarted since the router learned of it")
         if opened.fingerprint != self._info.fingerprint:
             raise FingerprintMismatch(
-                f"{opened.decode_worker_id} serves {opened.fingerprint}, this worker {self._info.fingerprint}"
+                f"the KV of {opened.decode_worker_id} ({opened.fingerprint}) is not that of this worker "
+                f"({self._info.fingerprint}, blocks of {self._info.block_size} tokens): run the same model, "
+                "revision, dtype, block_size and version of pdserve on both"
             )
         if any(_is_same_call(job.request, opened) for job in self.jobs):
             raise Replayed(f"attempt {opened.attempt} of {opened.request_id} has a Prefill call here already")

@@ -134,6 +134,16 @@ def test_a_failed_pair_rests_for_a_while(later_s: float, usable: bool) -> None:
     assert (fleet.unusable_pairs(10.0 + later_s) == frozenset()) is usable
 
 
+def test_a_pair_that_was_refused_rests_until_a_worker_is_replaced() -> None:
+    fleet = Fleet()
+    fleet.set_members(Members(1, (member("p0", role=Role.PREFILL), member("d0"))))
+    fleet.pair_refused(WorkerId("p0"), WorkerId("d0"))
+    fleet.pair_failed(WorkerId("p0"), WorkerId("d0"), now=10.0)  # what was under way fails later
+    assert fleet.unusable_pairs(1e9) == {("p0", "d0")}
+    fleet.set_members(Members(2, (member("p0", 2, Role.PREFILL), member("d0"))))
+    assert fleet.unusable_pairs(10.0) == frozenset()
+
+
 def test_a_new_incarnation_has_not_failed_yet() -> None:
     fleet = Fleet()
     fleet.set_members(Members(1, (member("p0", role=Role.PREFILL), member("d0"), member("d1"))))

@@ -43,6 +43,14 @@ def test_without_a_usable_source_the_decode_worker_computes_the_prompt() -> None
         assert placement.reason.startswith("local: no prefill worker")
 
 
+def test_the_reason_tells_why_no_worker_may_be_the_source() -> None:
+    other = candidate("p0", fingerprint="other")
+    placement = choose([candidate("d0")], [other, candidate("p1", fingerprint="third")], frozenset(), turn=0)
+    assert placement is not None
+    assert "no prefill worker has KV that fits d0" in placement.reason
+    assert "block size" in placement.reason
+
+
 def test_without_a_decode_worker_there_is_no_placement() -> None:
     assert choose([], [candidate("p0")], frozenset(), turn=0) is None
 
