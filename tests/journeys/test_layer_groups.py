@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from pdserve.contract.ids import RequestId
-from pdserve.contract.messages import Message, Segment
+from pdserve.contract.ids import Incarnation, RequestId, RouterId, SubmitNumber
+from pdserve.contract.messages import Frame, Message, PrefillSource, Segment, SessionOpen, Submit
 from pdserve.contract.ports import Call
-from pdserve.contract.tokens import pack_tokens
+from pdserve.contract.tokens import pack_tokens, unpack_tokens
 from pdserve.contract.work import StepBatch, StepResult
 from pdserve.engine.executor import Stage
-from pdserve.rpc.memory_rpc import MemoryNetwork
+from pdserve.rpc.memory_rpc import MemoryNetwork, MemoryRpc
 from router.requests import GenerateRequest
 from tests.journeys.test_faults_in_memory import prompt_of, run_virtual, until
 from tests.journeys.test_metrics import BLOCK, CHUNK, steady_system
@@ -37,6 +37,30 @@ def test_layers_arrive_before_their_step_has_ended() -> None:
             assert prefill.loop.num_steps == NUM_WHOLE_CHUNKS  # it samples
             assert decode.loop.running_sequences == 0  # not before it is sealed
             assert await task == system.expected(PROMPT, greedy(5))
+            await system.at_rest()
+
+    run_virtual(story())
+
+
+def test_a_decode_worker_is_a_source_like_any_other() -> None:
+    async def story() -> None:
+        async with steady_system(num_prefill=0, num_decode=2) as system:
+            source, target = system.workers["decode-1"], system.workers["decode-0"]
+            session = await MemoryRpc(system.network, "router-1").open(target.address, Call.SESSION)
+            await session.send(SessionOpen(RouterId("router-1"), Incarnation(1), target.incarnation))
+            prefill = PrefillSource(source.worker_id, source.address, source.incarnation)
+            number, sampling = SubmitNumber(1), greedy(5)
+            prompt = pack_tokens(PROMPT)
+            await session.send(Submit(number, RequestId("r"), 1, prompt, b"", sampling, 7, prefill))
+            await until(lambda: num_verified(system) == NUM_WHOLE_CHUNKS + 1)
+            assert source.loop.num_steps == NUM_WHOLE_CHUNKS  # the last one still runs
+            output: list[int] = []
+            while len(output) < 5:
+                message = await session.receive()
+                if isinstance(message, Frame):
+                    output += [token for event in message.events for token in unpack_tokens(event.tokens)]
+            assert output == system.expected(PROMPT, sampling)
+            session.cancel()
             await system.at_rest()
 
     run_virtual(story())
