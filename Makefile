@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PACKAGES := pdserve router prefill_worker decode_worker controller load_generator
 
-.PHONY: install up test check format proto docs bench clean
+.PHONY: install up test check format proto docs bench simulate-faults simulate-mutations clean
 
 install: $(VENV)/.installed-dev  ## everything that the other verbs need
 
@@ -42,6 +42,12 @@ bench: $(VENV)/.installed-dev  ## the benchmarks in their short form
 	$(BIN)/python -m benchmarks.engine --smoke
 	$(BIN)/python -m benchmarks.handoff --smoke
 	$(BIN)/python -m benchmarks.overlap --smoke
+
+simulate-faults: $(VENV)/.installed-dev  ## whole systems with faults in virtual time; ARGS="--seeds 0:500 --jobs 2"
+	$(BIN)/python -m tests.simulation --seeds 0:20000 --jobs 2 --results benchmarks/results/simulation.json $(ARGS)
+
+simulate-mutations: $(VENV)/.installed-dev  ## whether the simulation finds planted bugs
+	$(BIN)/python -m tests.simulation.mutations
 
 clean:  ## remove what the verbs above have made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

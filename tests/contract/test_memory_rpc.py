@@ -11,7 +11,7 @@ from pdserve.contract.ids import Incarnation, RouterId
 from pdserve.contract.messages import End, Message, SessionOpen, SessionReady
 from pdserve.contract.ports import Call, MessageStream, RpcServer
 from pdserve.rpc.channel import PEER_LOST_S
-from pdserve.rpc.memory_rpc import MemoryNetwork, MemoryRpc
+from pdserve.rpc.memory_rpc import Arrival, Leg, MemoryNetwork, MemoryRpc
 
 OPEN = SessionOpen(RouterId("router-0"), Incarnation(1), Incarnation(2))
 READY = SessionReady(Incarnation(2))
@@ -163,5 +163,115 @@ def test_a_stream_cancelled_during_a_cut_reaches_the_other_side_later() -> None:
         assert not stage.handler_ended
         await stage.clock.sleep(PEER_LOST_S)
         assert stage.handler_ended == {"StreamBroken": PEER_LOST_S}
+
+    play(story)
+
+
+def test_a_frozen_host_answers_late_when_it_is_resumed_in_time() -> None:
+    async def story(stage: Stage) -> None:
+        stream = await stage.open()
+        stage.network.freeze("worker")
+        await stream.send(OPEN)
+        await stage.clock.sleep(PEER_LOST_S / 2)
+        stage.network.thaw("worker")
+        assert await stream.receive() == READY
+        await stage.clock.sleep(2 * PEER_LOST_S)
+        assert stage.handler_ended == {}
+        stream.cancel()
+
+    play(story)
+
+
+def test_a_host_that_stays_frozen_is_given_up_and_hears_of_it_when_it_is_resumed() -> None:
+    async def story(stage: Stage) -> None:
+        stream = await stage.open()
+        stage.network.freeze("worker")
+        late = await stage.router.open("worker:1", Call.SESSION)
+        assert await stage.broken_at(stream) == PEER_LOST_S
+        assert await stage.broken_at(late) == PEER_LOST_S
+        await stage.clock.sleep(1)
+        assert stage.handler_ended == {}
+        stage.network.thaw("worker")
+        await stage.clock.sleep(0)
+        await stage.clock.sleep(1)
+        assert stage.handler_ended == {"StreamBroken": PEER_LOST_S + 1}
+
+    play(story)
+
+
+def test_a_killed_process_opens_no_stream_and_a_new_one_on_its_host_does() -> None:
+    async def story(stage: Stage) -> None:
+        stage.network.kill("router")
+        await stage.broken_at(await stage.router.open("worker:1", Call.SESSION))
+        stage.router = MemoryRpc(stage.network, "router")
+        (await stage.open()).cancel()
+
+    play(story)
+
+
+def _carried(*fates: list[Arrival]) -> Callable[[Leg, Message], list[Arrival]]:
+    """The n-th message fares as the n-th of `fates`, later ones arrive at once."""
+    remaining = list(fates)
+
+    def carry(leg: Leg, message: Message) -> list[Arrival]:
+        return remaining.pop(0) if remaining else [Arrival(0.0, message)]
+
+    return carry
+
+
+async def _received(receiver: MessageStream, count: int) -> list[Message]:
+    return [await receiver.receive() for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("first", "arrive"),
+    [
+        ([], [b"2", b"3"]),
+        ([Arrival(0.0, b"1"), Arrival(0.1, b"1")], [b"1", b"1", b"2"]),
+        ([Arrival(0.1, b"1")], [b"1", b"2", b"3"]),
+        ([Arrival(0.1, b"1", in_order=False)], [b"2", b"3", b"1"]),
+        ([Arrival(0.0, b"0")], [b"0", b"2", b"3"]),
+    ],
+    ids=["dropped", "doubled", "late", "overtaken", "changed"],
+)
+def test_messages_fare_as_the_carriage_says(first: list[Arrival], arrive: list[bytes]) -> None:
+    async def main() -> None:
+        network = MemoryNetwork(carriage=_carried(first))
+        received: list[Message] = []
+
+        async def serve(stream: MessageStream) -> None:
+            received.extend(await _received(stream, len(arrive)))
+            await stream.send(End())
+
+        await MemoryRpc(network, "worker").serve("worker:1", {Call.KV: serve})
+        stream = await MemoryRpc(network, "router").open("worker:1", Call.KV)
+        for message in (b"1", b"2", b"3"):
+            await stream.send(message)
+        assert await stream.receive() == End()
+        assert received == arrive
+        stream.cancel()
+
+    run_virtual(main())
+
+
+def test_what_cannot_be_decoded_breaks_the_stream_at_both_sides() -> None:
+    async def story(stage: Stage) -> None:
+        stream = await stage.open()
+        stage.network.carriage = _carried([Arrival(0.0, None)])
+        await stream.send(OPEN)
+        await stage.broken_at(stream)
+        await stage.clock.sleep(0)
+        assert stage.handler_ended == {"StreamBroken": 0.0}
+
+    play(story)
+
+
+def test_messages_that_are_lost_leave_room_for_others() -> None:
+    async def story(stage: Stage) -> None:
+        stream = await stage.open()
+        stage.network.carriage = lambda leg, message: []
+        for _ in range(100):
+            await stream.send(OPEN)
+        stream.cancel()
 
     play(story)

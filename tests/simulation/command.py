@@ -1,6 +1,7 @@
 """The command line: runs ranges of seeds, prints what failed and what was covered, writes the results."""
 
 import argparse
+import gc
 import json
 import multiprocessing
 import signal
@@ -11,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.conditions import conditions
 from tests.simulation.coverage import POSSIBLE, Coverage
 from tests.simulation.run import Report, run_seed
 
@@ -131,10 +131,18 @@ def _run_all(seeds: range, jobs: int, stop_at_first: bool) -> Summary:
 
 def _outcomes(seeds: range, jobs: int) -> Iterator[Outcome]:
     if jobs == 1:
+        _collect_seldom()
         yield from map(run_bounded, seeds)
         return
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+    with multiprocessing.get_context("spawn").Pool(jobs, _collect_seldom) as pool:
         yield from pool.imap(run_bounded, seeds, chunksize=20)
+
+
+def _collect_seldom() -> None:
+    """What was imported stays; of a run hardly anything outlives it."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
 
 
 def run_bounded(seed: int) -> Outcome:
@@ -202,6 +210,8 @@ def _report_missing(summary: Summary) -> int:
 
 
 def _write_results(path: Path, arguments: Sequence[str], summary: Summary, wall_s: float) -> None:
+    from benchmarks.conditions import conditions  # here: it takes seconds to import
+
     hits = summary.coverage.hits
     results = conditions("simulation") | {
         "command": f"python -m tests.simulation {' '.join(arguments)}",

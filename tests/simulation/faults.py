@@ -42,7 +42,7 @@ class Faults:
         self._coverage = coverage
         self._random = Random(system.random.getrandbits(64))
         self._waiting: list[Aim] = []  # for somebody in their state
-        self._num_armed = 0
+        self._all_ended = False
         system.preempted = lambda request: self._note_request(request.submit.request_id, "preempted")
         for aim in aims:
             system.loop.call_later(aim.at_s, self._begin, aim)
@@ -53,6 +53,14 @@ class Faults:
         """When all requests have ended: what has found nobody meets anybody."""
         for aim in list(self._waiting):
             self._strike(aim, self._anybody(aim))
+        self._all_ended = True
+        for armed in self._system.network.armed:
+            armed.suits = lambda leg, message: True
+
+    @property
+    def is_pending(self) -> bool:
+        """A fault still waits for its message."""
+        return bool(self._system.network.armed)
 
     def note_deadlines(self) -> None:
         """Requests end at their deadlines by themselves; note where they are then."""
@@ -121,8 +129,13 @@ class Faults:
         """For a fault that has waited too long."""
         hosts = ROLE_HOSTS[aim.at.role]
         live = [client.request_id for client in self._live_clients()]
-        peers = {who: self._random.choice(ROLE_HOSTS[role]) for who, role in _PEERS.items()}
-        return Target(self._random.choice(hosts), self._random.choice(live) if live else None, peers)
+        peers = {who: self._any_of(ROLE_HOSTS[role]) for who, role in _PEERS.items()}
+        return Target(self._any_of(hosts), self._random.choice(live) if live else None, peers)
+
+    def _any_of(self, hosts: Sequence[str]) -> str:
+        """A living process if there is one."""
+        living = [host for host in hosts if self._system.process(host) is not None]
+        return self._random.choice(living or hosts)
 
     # Striking.
 
@@ -139,7 +152,8 @@ class Faults:
             case "slow copies":
                 self._slow_copies(target.own)
             case "client left":
-                self._leave(target.request_id)
+                if not self._left(target.request_id):
+                    self._strike_process(target.own, "killed")
             case "members late":
                 self._note_members(event)
                 self._system.caretaker.leave(self._random.choice((0.2, 1.0)))
@@ -177,22 +191,23 @@ class Faults:
         seconds = self._random.choice((0.05, 0.4, 1.5))
         self._system.cut(one, other, seconds, lambda: self._note_cut(one, other, "healed"))
 
-    def _leave(self, request_id: RequestId | None) -> None:
+    def _left(self, request_id: RequestId | None) -> bool:
         for client in self._live_clients():
             if client.request_id == request_id:
                 self._note_client(client, "client left")
                 client.leave()
+                return True
+        return False
 
     # Faults of messages.
 
     def _arm(self, aim: Aim) -> None:
         call, kind = aim.at.event.split()
-        self._num_armed += 1
         aimed = Armed(kind, lambda leg, _: leg.call == call and self._meets(aim, leg), self._message_struck)
         self._system.network.armed.append(aimed)
 
         def lose_patience() -> None:
-            if aimed in self._system.network.armed:
+            if not self._all_ended:
                 aimed.suits = lambda leg, _: leg.call == call
 
         self._system.loop.call_later(aim.patience_s, lose_patience)

@@ -104,6 +104,11 @@ class SimulatedExecutor(InlineExecutor):
         """The running step never ends, nor does another."""
         self._moving.clear()
 
+    @property
+    def hangs(self) -> bool:
+        """And a step waits."""
+        return not self._moving.is_set() and self._stepping.locked()
+
     def die(self) -> None:
         """The process is gone; who still waits for a step or copy need not."""
         self._dead = True

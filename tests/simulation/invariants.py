@@ -22,8 +22,12 @@ def check_books(worker: Worker) -> None:
     worker.ledger.check_integrity()
     worker.calls.check_integrity()
     worker._check_holds()
-    if isinstance(worker.loop, DecodeLoop):
+    if isinstance(worker.loop, DecodeLoop) and worker._sessions is not None:
         worker.loop.check_integrity()
+        open_sessions = list(worker._sessions._sessions.values())
+        for request in worker.loop._requests:
+            name = request.submit.request_id
+            assert request.sink in open_sessions, f"{name} is live and its Session is not"
 
 
 def left_at(worker: Worker, engine: FakeEngine) -> Iterator[str]:

@@ -4,17 +4,21 @@ Faults of messages are armed: the next message that suits one gets it. What a me
 from the messages that open a stream, as a reader of the wire would.
 """
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
-from pdserve.contract.ids import RequestId, SubmitNumber
+from pdserve.contract.ids import Incarnation, RequestId, SubmitNumber
 from pdserve.contract.messages import (
+    Cancel,
     Failed,
     Message,
     PrefillOpen,
     Refused,
+    SessionOpen,
+    SessionReady,
     Starting,
     Submit,
 )
@@ -62,6 +66,12 @@ class SimulatedNetwork(MemoryNetwork):
         self.attempts: dict[RequestId, Attempt] = {}  # the newest of each request
         self.armed: list[Armed] = []
         self.before_event: Callable[[str], None] = lambda host: None
+        self.incarnation_of: Callable[[str], Incarnation | None] = lambda host: None
+        self.violated: Callable[[str], None] = lambda what: None
+        self.cancelled: dict[Try, float] = {}
+        """When a Cancel was sent that nothing kept from arriving."""
+        self.disturbed_at = 0.0
+        """When hosts or links were last tampered with."""
         self.num_events = 0
         self._random = random
         self._latency_s = latency_s
@@ -70,12 +80,33 @@ class SimulatedNetwork(MemoryNetwork):
         self._fetches: dict[int, Try] = {}  # Prefill stream -> what is fetched
         self._transfers: dict[bytes, Try] = {}  # transfer id -> what is fetched
         self._kv_streams: dict[int, Try] = {}
+        self._meant_for: dict[int, Incarnation] = {}  # stream -> the incarnation that it was opened for
         self._clients: dict[int, BufferedStream[Message]] = {}
 
     def happen(self, host: str, event: Callable[[], None]) -> None:
         self.num_events += 1
         self.before_event(host)
         super().happen(host, event)
+
+    def kill(self, host: str) -> None:
+        self._disturb()
+        super().kill(host)
+
+    def freeze(self, host: str) -> None:
+        self._disturb()
+        super().freeze(host)
+
+    def thaw(self, host: str) -> None:
+        self._disturb()
+        super().thaw(host)
+
+    def cut(self, a: str, b: str) -> None:
+        self._disturb()
+        super().cut(a, b)
+
+    def heal(self, a: str, b: str) -> None:
+        self._disturb()
+        super().heal(a, b)
 
     def connect(self, opener: MemoryRpc, address: str, call: Call) -> BufferedStream[Message]:
         stream = super().connect(opener, address, call)
@@ -100,6 +131,14 @@ class SimulatedNetwork(MemoryNetwork):
             if link.client._call in (Call.PREFILL, Call.KV)
         ]
 
+    def _disturb(self) -> None:
+        self.disturbed_at = asyncio.get_running_loop().time()
+
+    def _check_incarnation(self, leg: Leg, answering: Incarnation | None) -> None:
+        meant_for = self._meant_for.get(leg.stream)
+        if meant_for is not None and answering is not None and meant_for != answering:
+            self.violated(f"{leg.source} serves stream {leg.stream}, which was meant for another incarnation")
+
     def _latency(self, source: str, target: str, message: Message | None) -> float:
         return self._random.random() * self._latency_s
 
@@ -109,8 +148,12 @@ class SimulatedNetwork(MemoryNetwork):
         armed = self._suitable(leg, message)
         if armed is None:
             self._log.note("send", f"#{leg.stream}", leg.call, leg.source, "->", leg.target, message)
+            if isinstance(message, Cancel) and (leg.stream, message.number) in self._numbered:
+                submit = self._numbered[leg.stream, message.number].submit
+                self.cancelled[Try(submit.request_id, submit.attempt)] = asyncio.get_running_loop().time()
             return (Arrival(delay_s, message),)
         self.armed.remove(armed)
+        self._disturb()
         self._log.note(armed.kind.upper(), f"#{leg.stream}", leg.call, leg.source, "->", leg.target, message)
         armed.struck(leg, message, armed.kind)
         return self._spoiled(armed.kind, message, delay_s)
@@ -154,9 +197,15 @@ class SimulatedNetwork(MemoryNetwork):
             case Failed() | Refused():
                 if (leg.stream, message.number) in self._numbered:
                     self._numbered[leg.stream, message.number].is_over = True
+            case SessionOpen():
+                self._meant_for[leg.stream] = message.worker_incarnation
+            case SessionReady():
+                self._check_incarnation(leg, message.worker_incarnation)
             case PrefillOpen():
+                self._meant_for[leg.stream] = message.source_incarnation
                 self._fetches[leg.stream] = Try(message.request_id, message.attempt)
             case Starting() if leg.stream in self._fetches:
+                self._check_incarnation(leg, self.incarnation_of(leg.source))
                 transfer = message.transport.transfer_id.encode()
                 self._transfers[transfer] = self._fetches[leg.stream]
             case bytes() if leg.stream not in self._kv_streams and message in self._transfers:

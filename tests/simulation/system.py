@@ -10,7 +10,8 @@ from controller.worker import Worker, WorkerSettings
 from decode_worker.loop import DecodeLoop
 from decode_worker.request import DecodeRequest
 from pdserve.clock import SeededRng
-from pdserve.contract.ids import RouterId, WorkerId
+from pdserve.contract.errors import EngineBroken
+from pdserve.contract.ids import Incarnation, RouterId, WorkerId
 from pdserve.contract.messages import Members, Role
 from pdserve.engine.fake_engine import FakeEngine
 from pdserve.handoff.prefill_job import PrefillJob
@@ -21,7 +22,7 @@ from router.router import Router, RouterSettings
 from tests.simulation import invariants
 from tests.simulation.events import EventLog
 from tests.simulation.hosts import EngineFailure, HostClock, SimulatedExecutor
-from tests.simulation.network import SimulatedNetwork
+from tests.simulation.network import SimulatedNetwork, Try
 from tests.simulation.scenario import BLOCK_SIZE, EOS_TOKENS, Scenario
 
 ROUTERS = ("router-0", "router-1")
@@ -31,8 +32,14 @@ DECODE = ("decode-0", "decode-1", "decode-2")
 MAX_EVENTS = 100_000
 """Far above what a run needs."""
 
+CANCEL_S = 0.02
+"""A Cancel that nothing holds up has arrived after this time."""
+
 HUNG_S = 1.0
-"""After so long a process whose engine hangs is ended from outside."""
+"""After so long a process whose engine hangs is mostly ended from outside, so that runs are short."""
+
+WATCHDOG_SHARE = 0.15
+"""Of hung engines that are left to the worker's own watchdog."""
 
 
 @dataclass(eq=False)
@@ -66,6 +73,8 @@ class SimulatedSystem:
         self.loop = asyncio.get_running_loop()
         self.network = SimulatedNetwork(random, scenario.latency_s, log)
         self.network.before_event = self._check_before
+        self.network.violated = self.fail
+        self.network.incarnation_of = self._incarnation_of
         self.machines: dict[str, Machine] = {}
         self.desks: dict[str, Desk] = {}
         self.desks_changed = asyncio.Event()
@@ -139,7 +148,8 @@ class SimulatedSystem:
     def hang(self, name: str) -> None:
         machine = self.machines[name]
         machine.executor.hang()
-        self._later(HUNG_S, lambda: self._kill_if_same(machine))
+        if self.random.random() >= WATCHDOG_SHARE:
+            self._later(HUNG_S, lambda: self._kill_if_same(machine))
 
     def cut(self, one: str, other: str, seconds: float, healed: Callable[[], None]) -> None:
         self.network.cut(one, other)
@@ -188,6 +198,7 @@ class SimulatedSystem:
             yield "a process is missing"
         if self._num_ongoing or self.caretaker.is_away:
             yield "a fault is not over"
+        yield from (f"{machine.name} hangs" for machine in self.machines.values() if machine.executor.hangs)
         for machine in self.machines.values():
             yield from (
                 f"{machine.name}: {left}" for left in invariants.left_at(machine.worker, machine.engine)
@@ -275,7 +286,7 @@ class SimulatedSystem:
     async def _until_it_fails(self, machine: Machine) -> None:
         try:
             await machine.worker.ended()
-        except EngineFailure:
+        except (EngineBroken, EngineFailure):
             self._kill_if_same(machine)
         except Exception as error:  # noqa: BLE001
             self.fail(f"the loop of {machine.name} failed: {error!r}")
@@ -284,18 +295,40 @@ class SimulatedSystem:
     def _check_before(self, host: str) -> None:
         if self.network.num_events == MAX_EVENTS:
             self.fail(f"{MAX_EVENTS} events: something goes round in circles")
+        if host in self.desks:
+            self._check_links(host)
         machine = self.machines.get(host)
         if machine is not None and not invariants.books_balance(machine.worker):
             self.fail(f"the books of {host} do not balance")
+
+    def _check_links(self, router: str) -> None:
+        try:
+            self.desks[router].router._links.check_integrity()
+        except AssertionError as error:
+            self.fail(f"{router}: {error}")
 
     def _check_after_step(self, name: str) -> None:
         machine = self.machines.get(name)
         if machine is None:
             return
+        self._check_cancels(name)
         try:
             invariants.check_books(machine.worker)
         except AssertionError as error:
             self.fail(f"{name}: {error}")
+
+    def _check_cancels(self, name: str) -> None:
+        """What a router has cancelled is gone, unless something kept the word from coming."""
+        now, network = self.loop.time(), self.network
+        for request in self.decode_requests(name):
+            tried = Try(request.submit.request_id, request.submit.attempt)
+            cancelled_at = network.cancelled.get(tried, now)
+            if network.disturbed_at < cancelled_at < now - CANCEL_S:
+                self.fail(f"{name} still has {tried} in {request.phase}, cancelled at {cancelled_at:.6f}")
+
+    def _incarnation_of(self, host: str) -> Incarnation | None:
+        machine = self.machines.get(host)
+        return None if machine is None else machine.worker.incarnation
 
 
 class Caretaker:
