@@ -1,5 +1,6 @@
 """A system on Ray with TLS: its token is nowhere to be read, and outlives the processes that have it."""
 
+import asyncio
 import os
 import shutil
 import signal
@@ -11,6 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pdserve.contract.ids import Incarnation
+from pdserve.contract.messages import Hello, WatchOpen
+from pdserve.contract.ports import Call
+from pdserve.rpc.credentials import Credentials, DeploymentToken, TlsIdentity
+from pdserve.rpc.grpc_rpc import GrpcRpc
 from tests.contract.tls_files import make_files
 from tests.integration.conftest import RaySystem
 from tests.integration.test_ray_system import wait_until_ready, wait_until_replaced
@@ -57,6 +63,7 @@ def test_the_token_is_nowhere_to_be_read_and_survives_controller_and_workers(
     for key in ("certificate", "key", "authority"):
         options += ["--set", f"network.tls.{key}={getattr(files, key)}"]
     options += ["--set", "network.transports=[grpc]"]  # so that KV goes through TLS as well
+    identity = TlsIdentity.read(files)
     with knowing.up("--model", str(chat_model.folder), *options) as up:
         system = RaySystem(knowing, up, chat_model)
         expected = complete(up.url, list(range(5, 60)))
@@ -66,7 +73,19 @@ def test_the_token_is_nowhere_to_be_read_and_survives_controller_and_workers(
         os.kill(worker["pid"], signal.SIGKILL)
         wait_until_replaced(system, [worker], said)
         assert complete(up.url, list(range(5, 60))) == expected
+        for each in knowing.status()["workers"]:
+            assert asyncio.run(is_greeted(each["address"], Credentials(DeploymentToken(TOKEN), identity)))
         assert not places_with_the_token(up, knowing)
+
+
+async def is_greeted(address: str, credentials: Credentials) -> bool:
+    """Whether the worker at `address` takes `credentials`."""
+    rpc = GrpcRpc(credentials)
+    stream = await rpc.open(address, Call.WATCH)
+    await stream.send(WatchOpen("a test", Incarnation(1)))
+    answer = await stream.receive()
+    await rpc.close()
+    return isinstance(answer, Hello)
 
 
 def lose_controller(system: RaySystem) -> None:
