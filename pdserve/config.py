@@ -261,6 +261,10 @@ class RouterConfig(_Section):
     """What each router needs."""
 
 
+_UNENCRYPTED_TRANSPORTS = ("nixl", "process_group")
+"""Those that reach other hosts over connections of their own."""
+
+
 class TlsConfig(_Section):
     """Encrypts the calls between routers and workers, and lets each check the other's certificate. Every node
     has the files at the same paths; the content may differ from node to node. See [security](security.md)."""
@@ -313,8 +317,11 @@ class NetworkConfig(_Section):
 
     @model_validator(mode="after")
     def _keeps_what_tls_promises(self) -> "NetworkConfig":
-        if self.tls.certificate and "nixl" in self.transports:
-            raise ValueError("transports: nixl sends KV unencrypted: leave it out, or leave tls out")
+        bare = [name for name in self.transports if name in _UNENCRYPTED_TRANSPORTS]
+        if self.tls.certificate and bare:
+            raise ValueError(
+                f"transports: {' and '.join(bare)} sends KV unencrypted: leave it out, or leave tls out"
+            )
         return self
 
 
