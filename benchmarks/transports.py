@@ -1,8 +1,8 @@
 """How fast KV moves between two processes on one host, per transport, against a plain memory copy.
 
 The source is a second process. For every round each transport moves the same number of bytes, in segments
-under a window as a Prefill call does, and one thread here copies as many bytes from memory to memory; the
-three alternate, so that a busy machine disturbs them alike. Verified bytes per second of wall time.
+under a window as a Prefill call does, and one thread here copies as many bytes from memory to memory; they
+alternate, so that a busy machine disturbs them alike. Verified bytes per second of wall time.
 
     python -m benchmarks.transports [--smoke] [--json FILE]
 """
@@ -24,7 +24,7 @@ import torch
 
 from pdserve.clock import LoopClock, SystemRng
 from pdserve.contract.ids import BlockId, Incarnation, RequestId, WorkerId
-from pdserve.contract.messages import Ack, End, PrefillOpen, Reserved, Segment, Starting
+from pdserve.contract.messages import Ack, End, PrefillOpen, Reserved, Segment, Starting, TransportOffer
 from pdserve.contract.ports import Call, MessageStream
 from pdserve.contract.work import LayerRange
 from pdserve.engine.executor import ThreadExecutor
@@ -40,7 +40,7 @@ from pdserve.rpc.grpc_rpc import GrpcRpc
 LAYOUT = KvLayout(num_layers=24, block_size=16, num_kv_heads=2, head_dim=64, dtype=torch.bfloat16)
 CREDENTIALS = Credentials(DeploymentToken("of both processes"))
 SEGMENT_BYTES = 8 << 20
-TRANSPORTS = (*DEFAULT_ORDER, *(["nixl"] if importlib.util.find_spec("nixl") else []))
+TRANSPORTS = (*DEFAULT_ORDER, "process_group", *(["nixl"] if importlib.util.find_spec("nixl") else []))
 WINDOW_SEGMENTS = 8
 
 
@@ -53,7 +53,7 @@ class Worker:
         self.rpc = GrpcRpc(CREDENTIALS)
         self.executor = ThreadExecutor(FakeEngine(1))
         side = LocalSide(self.pool, LAYOUT.num_layers, self.executor, self.rpc, LoopClock(), SystemRng())
-        self.by_name = {name: Transports(side, (name,)) for name in TRANSPORTS}
+        self.transports = Transports(side, TRANSPORTS)
         self.block_ids = [
             BlockId(block) for block in np.random.default_rng(os.getpid()).permutation(num_blocks)
         ]
@@ -63,8 +63,7 @@ class Worker:
         return self.pool.num_blocks * self.pool.block_bytes
 
     async def close(self) -> None:
-        for transports in self.by_name.values():
-            await transports.close()
+        await self.transports.close()
         await self.rpc.close()
         await self.executor.close()
 
@@ -79,7 +78,7 @@ async def serve(num_blocks: int) -> None:
     async def serve_prefill(stream: MessageStream) -> None:
         await _ship_pool(worker, stream)
 
-    handlers = {Call.PREFILL: serve_prefill, Call.KV: worker.by_name["grpc"].kv_handler}
+    handlers = {Call.PREFILL: serve_prefill, Call.KV: worker.transports.kv_handler}
     server = await worker.rpc.serve("127.0.0.1:0", handlers)
     print(server.address, flush=True)
     await asyncio.to_thread(sys.stdin.read)
@@ -90,7 +89,7 @@ async def serve(num_blocks: int) -> None:
 async def _ship_pool(worker: Worker, stream: MessageStream) -> None:
     opened = await stream.receive()
     assert isinstance(opened, PrefillOpen)
-    accepted = worker.by_name[opened.transports[0].name].choose(opened.transports)
+    accepted = worker.transports.choose(opened.transports)
     await stream.send(Starting(accepted.choice, 0))
     assert isinstance(await stream.receive(), Reserved)
     window = asyncio.Semaphore(WINDOW_SEGMENTS)
@@ -123,12 +122,12 @@ async def _acknowledge(stream: MessageStream, window: asyncio.Semaphore) -> None
 
 async def fetch(worker: Worker, address: str, name: str) -> None:
     """Move the source's whole pool once."""
-    transports = worker.by_name[name]
     stream = await worker.rpc.open(address, Call.PREFILL)
-    await stream.send(_prefill_open(transports))
+    offers = tuple(offer for offer in worker.transports.offers() if offer.name == name)
+    await stream.send(_prefill_open(offers))
     starting = await stream.receive()
     assert isinstance(starting, Starting), starting
-    receiver = await transports.connect(starting.transport, address)
+    receiver = await worker.transports.connect(starting.transport, address)
     await stream.send(Reserved(0))
     await _receive_pool(worker, stream, receiver)
     await receiver.close()
@@ -147,7 +146,7 @@ async def _receive_pool(worker: Worker, stream: MessageStream, receiver: Segment
     assert isinstance(await stream.receive(), End)
 
 
-def _prefill_open(transports: Transports) -> PrefillOpen:
+def _prefill_open(offers: tuple[TransportOffer, ...]) -> PrefillOpen:
     return PrefillOpen(
         request_id=RequestId("benchmark"),
         attempt=1,
@@ -156,7 +155,7 @@ def _prefill_open(transports: Transports) -> PrefillOpen:
         fingerprint="",
         tokens=b"",
         num_prompt_tokens=0,
-        transports=transports.offers(),
+        transports=offers,
         sampling=None,
     )
 
@@ -182,11 +181,11 @@ async def measure(address: str, num_blocks: int, num_rounds: int) -> dict[str, R
     """Alternate what is compared; the first round warms up and is not counted."""
     worker = Worker(num_blocks)
     local = _LocalWork(worker)
-    rates: dict[str, Rates] = {name: Rates([]) for name in ("copy", "digest", *worker.by_name)}
+    rates: dict[str, Rates] = {name: Rates([]) for name in ("copy", "digest", *TRANSPORTS)}
     for number in range(num_rounds + 1):
         for name, rate in rates.items():
             started_at = time.perf_counter()
-            if name in worker.by_name:
+            if name in TRANSPORTS:
                 await fetch(worker, address, name)
             else:
                 await worker.executor.copy(local.jobs[name])

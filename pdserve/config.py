@@ -289,7 +289,7 @@ class TlsConfig(_Section):
         return self
 
 
-Transport = Literal["shared_memory", "cuda_ipc", "nixl", "grpc"]
+Transport = Literal["shared_memory", "cuda_ipc", "process_group", "nixl", "grpc"]
 
 
 class NetworkConfig(_Section):
@@ -312,7 +312,8 @@ class NetworkConfig(_Section):
         "grpc",
     )
     """How KV travels, best first; a pair of workers takes the first that both can use. `cuda_ipc`
-    is for GPUs of one host. `nixl` needs the extra of that name, and neither encrypts nor asks who reads."""
+    is for GPUs of one host. `nixl` needs the extra of that name, and neither encrypts nor asks who reads.
+    `process_group` is NCCL between GPUs and gloo between CPUs, and does not encrypt."""
     tls: TlsConfig = Field(default_factory=TlsConfig)
 
     @model_validator(mode="after")

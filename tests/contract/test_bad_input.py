@@ -39,6 +39,7 @@ from pdserve.contract.ports import Call, MessageStream
 from pdserve.contract.sampling import SamplingParams
 from pdserve.contract.tokens import pack_tokens
 from pdserve.contract.work import LayerRange, PoolExport
+from pdserve.handoff.transports.kv_streams import greet
 from pdserve.rpc.convert import SERVICE, codec_for
 from pdserve.rpc.grpc_rpc import TOKEN_KEY, GrpcRpc
 from pdserve.rpc.stream import Direction
@@ -279,7 +280,7 @@ async def reserved(system: AttackedSystem) -> MessageStream:
     choice = await until(stream, Starting)
     assert isinstance(choice, Starting)
     kv = await system.peer.open(system.prefill.address, Call.KV)
-    await kv.send(choice.transport.transfer_id.encode())
+    await kv.send(greet("grpc", choice.transport.transfer_id.encode()))
     await kv.send(End())
     await stream.send(Reserved(0))
     return stream
@@ -393,22 +394,29 @@ async def test_a_prefill_call_is_taken_once_at_a_time(system: AttackedSystem) ->
 
 async def test_a_transfer_is_fetched_once(system: AttackedSystem) -> None:
     stream = await starting(system)
-    transfer = next(iter(system.prefill._transports.kv_handler.__self__._senders))  # type: ignore[attr-defined]
+    transfer = next(iter(system.prefill._transports._by_name["grpc"]._senders))  # type: ignore[attr-defined]
     first = await system.peer.open(system.prefill.address, Call.KV)
-    await first.send(transfer.encode())
+    await first.send(greet("grpc", transfer.encode()))
     await first.send(End())
     await stream.send(Reserved(0))
     await first.receive()
     again = await system.peer.open(system.prefill.address, Call.KV)
-    await again.send(transfer.encode())
+    await again.send(greet("grpc", transfer.encode()))
     assert await ended_with(again) is ErrorCode.NOT_FOUND
     stream.cancel()
 
 
-@pytest.mark.parametrize("transfer", [b"0123456789abcdef", b"\xff\xfe", b"x" * 100_000])
-async def test_a_transfer_that_nobody_offered(system: AttackedSystem, transfer: bytes) -> None:
+@pytest.mark.parametrize(
+    "greeting",
+    [
+        *(greet("grpc", lie) for lie in (b"0123456789abcdef", b"\xff\xfe", b"x" * 100_000)),
+        b"no transport",
+        b"\xff",
+    ],
+)
+async def test_a_transfer_that_nobody_offered(system: AttackedSystem, greeting: bytes) -> None:
     stream = await system.peer.open(system.prefill.address, Call.KV)
-    await stream.send(transfer)
+    await stream.send(greeting)
     assert await ended_with(stream) is ErrorCode.NOT_FOUND
     assert system.refused(system.prefill, ErrorCode.NOT_FOUND) == 1
 

@@ -27,6 +27,8 @@ from tests.contract.transport_pair import (
 T = TypeVar("T")
 
 GRPC_WORLDS = [name for name in WORLDS if name.startswith("grpc")]
+STREAM_WORLDS = [*GRPC_WORLDS, *(name for name in WORLDS if name.startswith("process_group"))]
+"""Where the bytes come through the source's hands."""
 
 
 @pytest.fixture(params=WORLDS)
@@ -36,6 +38,11 @@ def world(request: pytest.FixtureRequest) -> World:
 
 @pytest.fixture(params=GRPC_WORLDS)
 def grpc_world(request: pytest.FixtureRequest) -> World:
+    return World(*WORLDS[request.param])
+
+
+@pytest.fixture(params=STREAM_WORLDS)
+def stream_world(request: pytest.FixtureRequest) -> World:
     return World(*WORLDS[request.param])
 
 
@@ -61,7 +68,7 @@ def test_a_source_that_ends_before_the_decode_worker_comes(world: World) -> None
     world.run(story)
 
 
-def test_a_source_that_ends_between_segments(grpc_world: World) -> None:
+def test_a_source_that_ends_between_segments(stream_world: World) -> None:
     async def story(pair: Pair) -> None:
         ids = block_ids(4, 40, 1)
         transfer = await pair.open()
@@ -74,7 +81,7 @@ def test_a_source_that_ends_between_segments(grpc_world: World) -> None:
             await transfer.receiver.receive(dataclasses.replace(segment, index=1), ids)
         await transfer.close()
 
-    grpc_world.run(story)
+    stream_world.run(story)
 
 
 def test_a_source_that_ends_with_bytes_unsent(grpc_world: World) -> None:
@@ -120,7 +127,7 @@ def test_a_decode_worker_that_never_comes() -> None:
     World(*WORLDS["grpc-virtual"]).run(story)
 
 
-def test_a_receive_that_is_cancelled_while_it_waits(grpc_world: World) -> None:
+def test_a_receive_that_is_cancelled_while_it_waits(stream_world: World) -> None:
     async def story(pair: Pair) -> None:
         before = pair.decode.pool.array.copy()
         transfer = await pair.open()
@@ -136,7 +143,7 @@ def test_a_receive_that_is_cancelled_while_it_waits(grpc_world: World) -> None:
         await transfer.close()
         np.testing.assert_array_equal(pair.decode.pool.array, before)
 
-    grpc_world.run(story)
+    stream_world.run(story)
 
 
 class HeldCopies:
@@ -160,9 +167,7 @@ class HeldCopies:
         return await self._copy(held)
 
 
-@pytest.mark.parametrize(
-    "name", ["grpc", "grpc-threads", "shared_memory", "shared_memory-copying", "nixl", "cuda_ipc"]
-)
+@pytest.mark.parametrize("name", [name for name in WORLDS if "virtual" not in name])
 @pytest.mark.parametrize("end", ["source", "decode"])
 def test_a_cancelled_copy_touches_no_block_afterwards(
     name: str, end: str, monkeypatch: pytest.MonkeyPatch
@@ -284,7 +289,7 @@ def test_many_transfers_given_up_while_others_go_on(world: World) -> None:
 # Peers that die
 
 
-def test_a_source_that_dies(grpc_world: World) -> None:
+def test_a_source_that_dies(stream_world: World) -> None:
     async def story(pair: Pair) -> None:
         ids = block_ids(4, 40, 1)
         transfer = await pair.open()
@@ -297,10 +302,10 @@ def test_a_source_that_dies(grpc_world: World) -> None:
             await receiving
         await transfer.close()
 
-    grpc_world.run(story)
+    stream_world.run(story)
 
 
-def test_a_decode_worker_that_dies(grpc_world: World) -> None:
+def test_a_decode_worker_that_dies(stream_world: World) -> None:
     async def story(pair: Pair) -> None:
         ids = block_ids(4, 40, 1)
         transfer = await pair.open()
@@ -310,7 +315,7 @@ def test_a_decode_worker_that_dies(grpc_world: World) -> None:
             await send_until_it_breaks(transfer.sender, pair)
         await transfer.close()
 
-    grpc_world.run(story)
+    stream_world.run(story)
 
 
 DECODE = """

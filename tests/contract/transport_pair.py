@@ -25,6 +25,7 @@ from pdserve.engine.executor import InlineExecutor, ThreadExecutor
 from pdserve.engine.fake_engine import FakeEngine
 from pdserve.handoff.transports.base import LocalSide, SegmentReceiver, SegmentSender
 from pdserve.handoff.transports.negotiation import Transports
+from pdserve.handoff.transports.process_group import ProcessGroupTransport
 from pdserve.rpc.grpc_rpc import GrpcRpc
 from pdserve.rpc.memory_rpc import MemoryNetwork, MemoryRpc
 from tests.contract.memfd_driver import MemfdDriver
@@ -95,6 +96,7 @@ class Worker:
     def __init__(self, side: LocalSide, order: Sequence[str]):
         self.side = side
         self.transports = Transports(side, order)
+        self.transport = self.transports._by_name[order[0]]
         self.server: RpcServer | None = None
 
     @property
@@ -139,6 +141,8 @@ class Transfer:
 async def open_transfer(source: Worker, decode: Worker) -> Transfer:
     accepted = source.transports.choose(decode.transports.offers())
     receiver = await decode.transports.connect(accepted.choice, source.address)
+    if isinstance(decode.transport, ProcessGroupTransport):
+        await decode.transport.warm_up(source.address)
     return Transfer(accepted.sender, receiver, accepted.choice)
 
 
@@ -232,7 +236,7 @@ def nothing_left() -> Iterator[None]:
     gc.collect()  # exceptions that the test has kept
     assert num_mappings() == 0
     assert open_descriptors() == []
-    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("kv-transfer")] == []
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("kv-")] == []
 
 
 def open_descriptors() -> list[str]:
@@ -253,6 +257,8 @@ WORLDS = {
     "grpc-virtual-copying": ("grpc", "virtual", CopyingPool),
     "grpc-threads": ("grpc", "memory", MemoryFilePool),
     "grpc": ("grpc", "grpc", MemoryFilePool),
+    "process_group": ("process_group", "grpc", MemoryFilePool),
+    "process_group-copying": ("process_group", "grpc", CopyingPool),
     "shared_memory": ("shared_memory", "memory", MemoryFilePool),
     "shared_memory-copying": ("shared_memory", "memory", CopyingPool),
     "nixl": ("nixl", "memory", MemoryFilePool),

@@ -82,7 +82,7 @@ def test_an_unknown_key_names_the_file_the_key_and_what_is_meant(tmp_path: Path)
         (
             "network.transports",
             ["pigeon"],
-            ["network.transports", "'shared_memory', 'cuda_ipc', 'nixl' or 'grpc'"],
+            ["network.transports", "'shared_memory', 'cuda_ipc', 'process_group', 'nixl' or 'grpc'"],
         ),
         ("network.transports", [], ["network.transports"]),
         (

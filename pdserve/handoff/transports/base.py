@@ -27,7 +27,7 @@ from typing import Protocol, runtime_checkable
 from pdserve.contract.errors import ConfigError, ProtocolViolation
 from pdserve.contract.ids import BlockId
 from pdserve.contract.messages import Segment, TransportChoice, TransportOffer
-from pdserve.contract.ports import BlockStore, Clock, EngineExecutor, Rng, Rpc
+from pdserve.contract.ports import BlockStore, Clock, EngineExecutor, MessageStream, Rng, Rpc
 from pdserve.contract.work import DeviceMemory, LayerRange
 from pdserve.handoff.digest import LANE_BYTES
 
@@ -187,4 +187,13 @@ class Transport(Protocol):
 
     async def close(self) -> None:
         """Let go of everything that outlives single calls."""
+        ...
+
+
+@runtime_checkable
+class ServesStreams(Protocol):
+    """A transport whose receivers open Kv streams to the source."""
+
+    async def serve(self, stream: MessageStream, greeting: bytes) -> None:
+        """Serve one; `greeting` is what its first message says behind the transport's name."""
         ...

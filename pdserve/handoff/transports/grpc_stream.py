@@ -1,8 +1,8 @@
 """KV bytes over a gRPC stream of its own. Works everywhere, so it is the fallback of all transports.
 
-The decode worker opens a Kv stream to the source, says the transfer's id and End. The source answers with
-the segments' bytes in the order in which the segments are sent, one message for each of its `pieces`,
-and with End. The messages carry nothing else: both ends cut a segment at the same places.
+The decode worker opens a Kv stream to the source, greets it with the transfer's id and says End. The source
+answers with the segments' bytes in the order in which the segments are sent, one message for each of its
+`pieces`, and with End. The messages carry nothing else: both ends cut a segment at the same places.
 
 Each segment is read and digested on the transfer thread before its Segment message leaves, so its bytes
 wait here in memory until the stream takes them. A segment is read only when no more than UNSENT_MESSAGES of
@@ -20,14 +20,12 @@ from pdserve.contract.ports import Call, MessageStream
 from pdserve.contract.work import LayerRange
 from pdserve.handoff.digest import combine, digest
 from pdserve.handoff.transports.base import Accepted, Declined, LocalSide, SegmentReceiver, TransferStats
+from pdserve.handoff.transports.kv_streams import MEETING_TIMEOUT_S, greet
 from pdserve.handoff.transports.pieces import Piece, cut
 from pdserve.handoff.transports.pool_bytes import PoolBytes
 
 UNSENT_MESSAGES = 4
 """Messages of earlier segments that may wait for the stream when the next segment is read."""
-
-MEETING_TIMEOUT_S = 10.0
-"""How long the two ends of a transfer wait for each other. A lost peer is noticed sooner."""
 
 FAREWELL_TIMEOUT_S = 1.0
 """How long the source tries to say End to a receiver that takes nothing any more."""
@@ -58,16 +56,16 @@ class GrpcStreamTransport:
             raise ProtocolViolation(f"{source_address} chose {self.name} and names no transfer")
         stream = await self._side.rpc.open(source_address, Call.KV)
         try:
-            await stream.send(choice.transfer_id.encode())
+            await stream.send(greet(self.name, choice.transfer_id.encode()))
             await stream.send(End())
         except BaseException:
             stream.cancel()
             raise
         return _Receiver(self._side, self._pool, stream)
 
-    async def serve(self, stream: MessageStream) -> None:
-        """Handler of `Call.KV`. Raises NotFound when no sender waits for the transfer."""
-        transfer_id = await self._first_message(stream)
+    async def serve(self, stream: MessageStream, greeting: bytes) -> None:
+        """Handler of Kv streams; `greeting` is the transfer's id. Raises NotFound when no sender waits."""
+        transfer_id = greeting.decode("ascii", "replace")
         sender = self._senders.pop(transfer_id, None)
         if sender is None:
             raise NotFound(f"no transfer {transfer_id!r} waits here: it has ended or is another worker's")
@@ -76,16 +74,6 @@ class GrpcStreamTransport:
     async def close(self) -> None:
         for sender in list(self._senders.values()):
             await sender.close()
-
-    async def _first_message(self, stream: MessageStream) -> str:
-        try:
-            async with self._side.clock.timeout(MEETING_TIMEOUT_S):
-                message = await stream.receive()
-        except TimeoutError:
-            raise StreamBroken(f"{stream.peer} opened a Kv stream and said nothing") from None
-        if not isinstance(message, bytes):
-            raise ProtocolViolation(f"a Kv stream starts with a transfer id, not {type(message).__name__}")
-        return message.decode("ascii", "replace")
 
     def _forget(self, transfer_id: str) -> None:
         self._senders.pop(transfer_id, None)

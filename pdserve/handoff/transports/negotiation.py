@@ -6,9 +6,10 @@ from dataclasses import replace
 from pdserve.contract.errors import ConfigError, ProtocolViolation, Unavailable
 from pdserve.contract.messages import TransportChoice, TransportOffer
 from pdserve.contract.ports import Handler
-from pdserve.handoff.transports.base import Accepted, LocalSide, SegmentReceiver, Transport
+from pdserve.handoff.transports.base import Accepted, LocalSide, SegmentReceiver, ServesStreams, Transport
 from pdserve.handoff.transports.cuda_ipc import CudaIpcTransport
 from pdserve.handoff.transports.grpc_stream import GrpcStreamTransport
+from pdserve.handoff.transports.kv_streams import KvStreams
 from pdserve.handoff.transports.nixl import NixlTransport
 from pdserve.handoff.transports.shared_memory import SharedMemoryTransport
 
@@ -21,16 +22,17 @@ class Transports:
 
     def __init__(self, side: LocalSide, order: Sequence[str] = DEFAULT_ORDER) -> None:
         """`order` is also the list of what is allowed. Raises ConfigError for an unknown or absent name."""
-        grpc_stream = GrpcStreamTransport(side)
         known: dict[str, Callable[[LocalSide], Transport]] = {
             SharedMemoryTransport.name: SharedMemoryTransport,
             CudaIpcTransport.name: CudaIpcTransport,
+            "process_group": _process_group,
             NixlTransport.name: NixlTransport,
-            GrpcStreamTransport.name: lambda side: grpc_stream,
+            GrpcStreamTransport.name: GrpcStreamTransport,
         }
         _check_order(order, known)
         self._by_name = {name: known[name](side) for name in order}
-        self.kv_handler: Handler = grpc_stream.serve
+        served = {name: one.serve for name, one in self._by_name.items() if isinstance(one, ServesStreams)}
+        self.kv_handler: Handler = KvStreams(side.clock, served).serve
         """Serves the Kv streams that receivers open here."""
 
     def offers(self) -> tuple[TransportOffer, ...]:
@@ -67,6 +69,13 @@ class Transports:
     async def close(self) -> None:
         for transport in self._by_name.values():
             await transport.close()
+
+
+def _process_group(side: LocalSide) -> Transport:
+    # Only who names it needs torch.
+    from pdserve.handoff.transports.process_group import ProcessGroupTransport
+
+    return ProcessGroupTransport(side)
 
 
 def _check_order(order: Sequence[str], known: Collection[str]) -> None:

@@ -49,6 +49,17 @@ class PoolBytes:
         rows, _, start, stop = self._parts(self._rows, (), layers)
         return b"".join(rows[block_id, start:stop].data for block_id in block_ids)
 
+    def read_into(
+        self, block_ids: Sequence[BlockId], layers: LayerRange, target: memoryview, first_lane: int = 0
+    ) -> int:
+        """Copy into `target`, aligned to lanes, in canonical order; returns the digest of what lies there."""
+        if self._rows is None:
+            target[:] = self._store.read(block_ids, layers)
+            return digest(target, first_lane)
+        part_lanes = self._side.part_bytes(layers) // LANE_BYTES
+        copy = Parts(_lanes_of(target, len(block_ids)), np.arange(len(block_ids)), 0, part_lanes)
+        return copy_parts(copy, self._parts(self._rows, block_ids, layers), first_lane)
+
     def write(
         self, block_ids: Sequence[BlockId], layers: LayerRange, payload: memoryview, first_lane: int = 0
     ) -> int:
@@ -56,9 +67,8 @@ class PoolBytes:
         if self._rows is None:
             self._store.write(block_ids, layers, payload)
             return digest(self._store.read(block_ids, layers), first_lane)
-        num_blocks, part_bytes = len(block_ids), self._side.part_bytes(layers)
-        rows = as_lanes(np.frombuffer(payload, np.uint8).reshape(num_blocks, part_bytes))
-        source = Parts(rows, np.arange(num_blocks), 0, part_bytes // LANE_BYTES)
+        part_lanes = self._side.part_bytes(layers) // LANE_BYTES
+        source = Parts(_lanes_of(payload, len(block_ids)), np.arange(len(block_ids)), 0, part_lanes)
         return copy_parts(self._parts(self._rows, block_ids, layers), source, first_lane)
 
     def copy(
@@ -74,3 +84,7 @@ class PoolBytes:
     def _parts(self, rows: Lanes, row_ids: Sequence[int], layers: LayerRange) -> Parts:
         layer_lanes = self._side.layer_bytes // LANE_BYTES
         return Parts(rows, as_ids(row_ids), layers.start * layer_lanes, layers.stop * layer_lanes)
+
+
+def _lanes_of(payload: memoryview, num_rows: int) -> Lanes:
+    return as_lanes(np.frombuffer(payload, np.uint8).reshape(num_rows, -1))
