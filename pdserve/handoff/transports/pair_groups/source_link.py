@@ -158,8 +158,9 @@ class SourceLink:
 
     def _lose(self, live: LiveGroup, error: StreamBroken) -> None:
         if live is self._live:
-            logger.warning("the process group with %s is dropped: %s", self._stream.peer, error)
-            self._drop(str(error))
+            reason = str(error)  # not the error itself: whoever keeps a log record would keep the pool
+            logger.warning("the process group with %s is dropped: %s", self._stream.peer, reason)
+            self._drop(reason)
 
     def _retire(self, live: LiveGroup) -> None:
         if live is self._live:
