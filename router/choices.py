@@ -61,8 +61,8 @@ async def running_job(
     closings = [Closing() for _ in job.choices]
     async with task_scope() as tasks:
         readers = [
-            tasks.create_task(_read(desk, request_id, choice, unread, closing))
-            for request_id, choice, closing in zip(request_ids, job.choices, closings, strict=True)
+            tasks.create_task(_read(desk, request_id, choice, unread, closings))
+            for request_id, choice in zip(request_ids, job.choices, strict=True)
         ]
         deadline = tasks.create_task(_keep_deadline(job.deadline_s, started_at, clock, readers))
         async with aclosing(_pieces(job, unread, readers, closings, text_model)) as pieces:
@@ -72,13 +72,13 @@ async def running_job(
 
 
 async def _read(
-    desk: Desk, request_id: RequestId, choice: ChoiceJob, unread: Unread, closing: Closing
+    desk: Desk, request_id: RequestId, choice: ChoiceJob, unread: Unread, closings: Sequence[Closing]
 ) -> None:
     """Put a choice's tokens where the client takes them. An error follows them there, unless the client must
     not be waited for any more: that one is raised."""
     error: Exception | None = None
     try:
-        await _read_all(desk, request_id, choice, unread, closing)
+        await _read_all(desk, request_id, choice, unread, closings)
     except Exception as failure:
         error = failure
         if isinstance(failure, ClientTooSlow | DeadlineExceeded):
@@ -88,15 +88,16 @@ async def _read(
 
 
 async def _read_all(
-    desk: Desk, request_id: RequestId, choice: ChoiceJob, unread: Unread, closing: Closing
+    desk: Desk, request_id: RequestId, choice: ChoiceJob, unread: Unread, closings: Sequence[Closing]
 ) -> None:
     finished = False
-    async with aclosing(desk.generate(request_id, choice.request, closing)) as deltas:
+    async with aclosing(desk.generate(request_id, choice.request, closings[choice.index])) as deltas:
         async for delta in deltas:
             try:
                 unread.put(choice.index, delta)
             except ClientTooSlow:
-                closing.reason = CancelReason.CLIENT_TOO_SLOW
+                for closing in closings:  # the client's other choices end for the same reason
+                    closing.reason = CancelReason.CLIENT_TOO_SLOW
                 raise
             finished = delta.finish is not None
     if not finished:
