@@ -5,6 +5,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 from decode_worker.arrivals import Arrivals
+from decode_worker.isolation import Isolation
 from decode_worker.request import DecodeRequest, Phase, TokenSink
 from decode_worker.room import LiveRequests, Room, RoomSettings
 from decode_worker.scheduler import plan_chunks
@@ -119,6 +120,10 @@ class DecodeLoop:
             worker_id, info, self._room, self, transports, rpc, clock, metrics, work.set
         )
 
+        self._isolation = Isolation(
+            self._requests, self._room, clock, self._preempt, self._computes_for_others
+        )
+
     # What routers ask for.
 
     def submit(self, sink: TokenSink, submit: Submit) -> None:
@@ -199,6 +204,7 @@ class DecodeLoop:
             while True:
                 self._work.clear()
                 self._end_overdue()
+                self._isolation.advance()
                 self._admit()
                 plan = self._schedule()
                 if plan:
@@ -221,16 +227,22 @@ class DecodeLoop:
                 self._fail(request, DeadlineExceeded("the request's deadline has passed").info)
 
     async def _until_work(self) -> None:
-        """Until somebody brings work, or a deadline passes."""
-        deadlines = [request.deadline_at for request in self._requests if request.deadline_at is not None]
-        wait_s = min(deadlines) - self._clock.now() if deadlines else None
+        """Until somebody brings work, or a time comes at which there is something to do."""
+        times = [self._isolation.next_at, *(request.deadline_at for request in self._requests)]
+        wait_s = min((at for at in times if at is not None), default=None)
+        if wait_s is not None:
+            wait_s -= self._clock.now()
         with suppress(TimeoutError):
             async with self._clock.timeout(wait_s):
                 await self._work.wait()
 
     def _admit(self) -> None:
         """Reserve for the oldest local prompts, and for the next prompt of another worker."""
+        if self._isolation.suspect is not None:
+            return
         for request in self.in_phase(Phase.WAITING):
+            if request.submit.alone:
+                break
             if request.submit.prefill is None:
                 if not self._room.reserve(request):
                     break

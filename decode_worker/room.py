@@ -54,6 +54,11 @@ class LiveRequests:
         """Whether this attempt is among them, whoever submitted it."""
         return (request_id, attempt) in self._attempts
 
+    def put_last(self, request: DecodeRequest) -> None:
+        """As if it had come after all others."""
+        self.remove(request)
+        self.add(request)
+
     def in_phase(self, phase: Phase) -> list[DecodeRequest]:
         """The requests in `phase`, oldest first."""
         return [request for request in self._requests.values() if request.phase is phase]
@@ -83,6 +88,8 @@ class Room:
     ) -> None:
         """`preempt` sends a request back to its router. `computes_for_others` says whether blocks are held
         for other workers' prompts; those come back by themselves."""
+        self.kept_for: DecodeRequest | None = None
+        """The only request that may reserve; None: every request."""
         self._requests = requests
         self._ledger = ledger
         self._block_size = block_size
@@ -100,6 +107,8 @@ class Room:
 
     def reserve(self, request: DecodeRequest) -> bool:
         """Hold the whole prompt, or note that there was no room."""
+        if self.kept_for not in (None, request):
+            return False
         if not request.hold.block_ids:
             self.pin(request)
         if self._must_let_pass(request) or not self._fits(request):
@@ -141,6 +150,8 @@ class Room:
 
     def _must_let_pass(self, request: DecodeRequest) -> bool:
         """Whether an older request has found no room for too long."""
+        if request is self.kept_for:
+            return False
         latest = self._clock.now() - self._settings.starvation_s
         return any(
             other.no_room_since is not None and other.no_room_since <= latest

@@ -195,6 +195,12 @@ class RouterMetrics:
             "Prompt tokens of admitted requests that no worker has yet.",
             registry=registry,
         )
+        self.suspects = Counter(
+            "pdserve_router_suspects",
+            "Requests that were at two workers when they died and ran alone from then on; those that killed "
+            "one then ended as poisonous.",
+            registry=registry,
+        )
         self.attempts = Counter(
             "pdserve_router_attempts", "Submissions to decode workers.", registry=registry
         )

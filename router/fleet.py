@@ -8,9 +8,10 @@ import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import NamedTuple
 
-from pdserve.contract.ids import BlockHash, SubmitNumber, WorkerId
+from pdserve.contract.ids import BlockHash, Incarnation, SubmitNumber, WorkerId
 from pdserve.contract.messages import Hello, Member, Members, Report, Role, WorkerLoad, WorkerState
 from pdserve.contract.work import ModelInfo, hung_after_s
 from router.placement import Candidate
@@ -20,6 +21,24 @@ VERDICT_S = 2.0
 """A worker has so much longer to find out itself that its engine hangs."""
 PAIR_TIMEOUT_S = 5.0
 """How long a pair whose hand-off failed is not used."""
+
+
+class Identity(NamedTuple):
+    """A worker's process."""
+
+    worker_id: WorkerId
+    incarnation: Incarnation
+
+
+class Fate(StrEnum):
+    """What became of a process."""
+
+    ALIVE = "alive"
+    UNKNOWN = "unknown"
+    """Its streams have broken, and the controller has not said yet that it is gone."""
+    DEAD = "dead"
+    EXCUSED = "excused"
+    """It was stopped on purpose."""
 
 
 class Booked(NamedTuple):
@@ -48,6 +67,10 @@ class WorkerView:
     """The prefix index counts what it holds."""
     booked: dict[object, Booked] = field(default_factory=dict)
     """Attempt -> what of it was sent here and is not done yet."""
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.member.worker_id, self.member.incarnation)
 
     @property
     def usable(self) -> bool:
@@ -107,6 +130,7 @@ class Fleet:
         self.changed = asyncio.Event()
         self._failed_pairs: dict[tuple[WorkerId, WorkerId], float] = {}  # (prefill, decode) -> until
         self._former_model: ModelInfo | None = None
+        self._leaving: dict[WorkerId, Incarnation] = {}  # who last said that it would be stopped
 
     # What the controller says.
 
@@ -143,6 +167,7 @@ class Fleet:
     def report(self, view: WorkerView, report: Report, now: float) -> bool:
         """Take over a report; False when the index has lost count of the worker and needs a new snapshot."""
         view.take(report.load, now)
+        self._note_state(view, report.load.state)
         self.index.store(report.incarnation, report.stored)
         self.index.remove(report.incarnation, report.removed)
         self.index.sweep()
@@ -206,8 +231,29 @@ class Fleet:
         self._failed_pairs = {pair: until for pair, until in self._failed_pairs.items() if until > now}
         return frozenset(self._failed_pairs)
 
+    def fate(self, who: Identity) -> Fate:
+        if self._leaving.get(who.worker_id) == who.incarnation or self._node_is_lost(who.worker_id):
+            return Fate.EXCUSED
+        view = self.workers.get(who.worker_id)
+        if view is None or view.identity != who:
+            return Fate.DEAD
+        return Fate.ALIVE if view.connected else Fate.UNKNOWN
+
     def num_usable(self, role: Role) -> int:
         return sum(view.usable and view.member.role is role for view in self.workers.values())
+
+    def _note_state(self, view: WorkerView, state: WorkerState) -> None:
+        if state in (WorkerState.DRAINING, WorkerState.STOPPED):
+            self._leaving[view.member.worker_id] = view.member.incarnation
+
+    def _node_is_lost(self, worker_id: WorkerId) -> bool:
+        """Whether all workers at its host, and there are others, cannot be reached."""
+        lost = self.workers.get(worker_id)
+        if lost is None:
+            return False
+        host = _host(lost.member)
+        there = [view for view in self.workers.values() if _host(view.member) == host]
+        return len(there) > 1 and not any(view.connected for view in there)
 
     def _set_member(self, worker_id: WorkerId, member: Member) -> None:
         view = self.workers.get(worker_id)
@@ -217,9 +263,14 @@ class Fleet:
             if view is not None:
                 self.lost(view)
             self._forget_failures(worker_id)
-            self.workers[worker_id] = WorkerView(member)
+            view = self.workers[worker_id] = WorkerView(member)
+        self._note_state(view, member.state)
 
     def _forget_failures(self, worker_id: WorkerId) -> None:
         """Of a worker's earlier incarnation."""
         for pair in [pair for pair in self._failed_pairs if worker_id in pair]:
             del self._failed_pairs[pair]
+
+
+def _host(member: Member) -> str:
+    return member.address.rpartition(":")[0]

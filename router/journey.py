@@ -20,6 +20,7 @@ from pdserve.contract.errors import (
     ErrorCode,
     ErrorInfo,
     PdserveError,
+    Poisonous,
     Stalled,
     Unavailable,
     error_from_info,
@@ -39,12 +40,16 @@ from pdserve.contract.work import ModelInfo
 from pdserve.metrics import RouterMetrics
 from router.admission import Admission
 from router.bounds import check_length
-from router.fleet import Booked, Fleet, WorkerView
+from router.fleet import Booked, Fate, Fleet, Identity, WorkerView
 from router.links import Links, Submission, SubmissionEnd, SubmissionTokens
 from router.placement import Candidate, Placement, choose
 from router.requests import Closing, GenerateRequest, OutputDelta
 
 log = logging.getLogger(__name__)
+
+
+DEATHS_OF_A_SUSPECT = 2
+"""A request that was at so many workers when they died runs alone from then on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,11 @@ class Progress:
     output: bytearray = field(default_factory=bytearray)  # tokens that the client has
     attempt: int = 0
     fruitless_attempts: int = 0
+    lost: set[Identity] = field(default_factory=set)
+    """Workers that were lost while they had it."""
+    lost_alone: Identity | None = None
+    """One that was lost while it served nothing else."""
+    is_suspect: bool = False
     last_token_at: float | None = None
     second_token_s: float | None = None  # from admission
     timings: RequestTimings | None = None  # of the last attempt that told any
@@ -210,11 +220,33 @@ class Journey:
         until = self._clock.now() + self._settings.queue_timeout_s
         while True:
             self._fleet.changed.clear()
-            placement = self._choose(progress)
+            placement = None if self._awaits_verdict(progress) else self._choose(progress)
             if placement is not None:
                 return placement
             with self._counted_as_waiting(progress):
                 await self._fleet_change(progress, until)
+
+    def _awaits_verdict(self, progress: Progress) -> bool:
+        """Whether it is not known yet what became of the worker that had nothing but this request. Raises
+        Poisonous when it died."""
+        who = progress.lost_alone
+        fate = Fate.ALIVE if who is None else self._fleet.fate(who)
+        if who is not None and fate is Fate.DEAD:
+            raise Poisonous(
+                f"the request killed {DEATHS_OF_A_SUSPECT} workers or was there when they died, and then "
+                f"{who.worker_id}, which served nothing else; do not send it again"
+            )
+        if fate is not Fate.UNKNOWN:
+            progress.lost_alone = None
+        return fate is Fate.UNKNOWN
+
+    def _judge(self, progress: Progress) -> None:
+        """Make it a suspect when it was there at too many deaths."""
+        deaths = [who for who in progress.lost if self._fleet.fate(who) in (Fate.DEAD, Fate.UNKNOWN)]
+        if len(deaths) >= DEATHS_OF_A_SUSPECT and not progress.is_suspect:
+            progress.is_suspect = True
+            self._metrics.suspects.inc()
+            log.warning("%s was at %d workers that died; it runs alone now", progress.request_id, len(deaths))
 
     def _choose(self, progress: Progress) -> Placement | None:
         info = self._fleet.model_info()
@@ -225,9 +257,11 @@ class Journey:
             root = ChainRoot(info.fingerprint, progress.request.cache_salt)
             progress.names = name_blocks(progress.request.prompt_tokens, info.block_size, root.seed)
         self._num_placed += 1
+        self._judge(progress)
+        sources = () if progress.is_suspect else (Role.PREFILL,)
         return choose(
             self._candidates(progress, info, (Role.DECODE, Role.UNSPLIT), progress.most_tokens),
-            self._candidates(progress, info, (Role.PREFILL,), progress.num_known),
+            self._candidates(progress, info, sources, progress.num_known),
             self._fleet.unusable_pairs(self._clock.now()),
             self._num_placed,
         )
@@ -246,12 +280,14 @@ class Journey:
             lambda number: self._submit(number, progress, placement)
         )
         booking = self._book(progress, placement, submission.number)
+        decode, prefill = self._identity(placement.decode), self._identity(placement.prefill)
         failed: CancelReason | None = None
         try:
             while True:
                 event = await self._next_event(progress, submission)
                 if isinstance(event, SubmissionEnd):
                     self._note_failure(placement, event)
+                    _note_loss(progress, submission, event, decode, prefill)
                     raise error_from_info(event.error)
                 booking.prefill_is_done()
                 new = self._unseen(progress, event.event)
@@ -282,7 +318,11 @@ class Journey:
             cache_salt=request.cache_salt,
             priority=request.priority,
             deadline_ms=self._remaining_ms(progress),
+            alone=progress.is_suspect,
         )
+
+    def _identity(self, worker_id: WorkerId | None) -> Identity | None:
+        return None if worker_id is None else self._fleet.workers[worker_id].identity
 
     def _source(self, worker_id: WorkerId | None) -> PrefillSource | None:
         if worker_id is None:
@@ -409,6 +449,20 @@ class _Waiting:
     def __exit__(self, *exc_info: object) -> None:
         self._metrics.waiting_requests.dec()
         self._metrics.waiting_tokens.dec(self._num)
+
+
+def _note_loss(
+    progress: Progress,
+    submission: Submission,
+    end: SubmissionEnd,
+    decode: Identity | None,
+    prefill: Identity | None,
+) -> None:
+    """Remember who was lost with the request."""
+    progress.lost_alone = decode if end.lost_worker and submission.alone else None
+    who = decode if end.lost_worker else prefill if end.lost_source else None
+    if who is not None:
+        progress.lost.add(who)
 
 
 def _deadline_error() -> PdserveError:

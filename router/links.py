@@ -26,6 +26,7 @@ from pdserve.contract.errors import (
 from pdserve.contract.ids import Incarnation, RouterId, SubmitNumber, WorkerId
 from pdserve.contract.messages import (
     SILENCE_S,
+    Alone,
     Cancel,
     CancelReason,
     End,
@@ -84,6 +85,8 @@ class SubmissionEnd:
 
     error: ErrorInfo
     lost_source: bool = False
+    lost_worker: bool = False
+    """The decode worker's streams have broken; it may be dead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,8 @@ class Submission:
         self.number = number
         self.submitted_at = now
         self.last_token_at: float | None = None
+        self.alone = False
+        """It runs beside nothing else, as it was to."""
         # Whoever reads this never waits for a client (see `router.choices`), so it stays short.
         self.events: asyncio.Queue[SubmissionTokens | SubmissionEnd] = asyncio.Queue()
         self._cancel = cancel
@@ -277,6 +282,9 @@ class WorkerLink:
                     self._finish(number, SubmissionEnd(error))
                 case Failed(number, error, lost_source):
                     self._finish(number, SubmissionEnd(error, lost_source))
+                case Alone(number, alone):
+                    if number in self._submissions:
+                        self._submissions[number].alone = alone
                 case Holding(last_submit, numbers):
                     self._compare(last_submit, set(numbers))
                 case SessionReady():
@@ -340,7 +348,7 @@ class WorkerLink:
         self._fleet.lost(self._view)
         error = WorkerLost(f"{self._view.member.worker_id} was lost").info
         for number in list(self._submissions):
-            self._finish(number, SubmissionEnd(error))
+            self._finish(number, SubmissionEnd(error, lost_worker=True))
         self._outgoing = asyncio.Queue()
 
     @contextlib.asynccontextmanager

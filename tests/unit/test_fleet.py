@@ -8,7 +8,7 @@ from pdserve.contract.ids import BlockHash, Incarnation, SubmitNumber, WorkerId
 from pdserve.contract.messages import Hello, Member, Members, Report, Role, WorkerLoad, WorkerState
 from pdserve.contract.work import BlockCounts
 from pdserve.engine.fake_engine import FakeEngine
-from router.fleet import PAIR_TIMEOUT_S, Booked, Fleet, WorkerView
+from router.fleet import PAIR_TIMEOUT_S, Booked, Fate, Fleet, Identity, WorkerView
 
 INFO = FakeEngine(num_blocks=8).info
 LOAD = WorkerLoad(
@@ -199,3 +199,31 @@ def test_a_worker_without_work_may_stand_still() -> None:
     for now in (2.0, 50.0, 100.0):
         fleet.report(view, report(1), now)
         assert view.usable
+
+
+def test_a_process_is_dead_only_when_the_controller_has_let_it_go_without_a_word_before() -> None:
+    fleet = Fleet()
+    fleet.set_members(Members(1, (member("d0"), member("d1"))))
+    crashed, stopped = connect(fleet, "d0"), connect(fleet, "d1")
+    who = crashed.identity
+    assert fleet.fate(who) is Fate.ALIVE
+    fleet.lost(crashed)
+    assert fleet.fate(who) is Fate.UNKNOWN
+    fleet.report(stopped, report(1, load=replace(LOAD, state=WorkerState.DRAINING)), now=2.0)
+    fleet.lost(stopped)
+    fleet.set_members(Members(2, (member("d0", incarnation=2),)))
+    assert fleet.fate(who) is Fate.DEAD
+    assert fleet.fate(Identity(WorkerId("d1"), Incarnation(1))) is Fate.EXCUSED
+
+
+def test_who_goes_with_its_whole_host_is_excused() -> None:
+    fleet = Fleet()
+    here = [
+        replace(member(name, number), address=f"here:{number}") for number, name in enumerate(["d0", "d1"], 1)
+    ]
+    fleet.set_members(Members(1, (*here, member("d2", 3))))
+    first, second, _ = connect(fleet, "d0", 1), connect(fleet, "d1", 2), connect(fleet, "d2", 3)
+    fleet.lost(first)
+    assert fleet.fate(first.identity) is Fate.UNKNOWN
+    fleet.lost(second)
+    assert fleet.fate(first.identity) is Fate.EXCUSED
