@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry
@@ -215,6 +215,9 @@ class Worker:
                 self._work,
                 settings.decode.step_budget_s,
             )
+        decode = settings.decode
+        if self.role is Role.UNSPLIT:
+            decode = replace(decode, local_prefill_share=1.0)
         loop = DecodeLoop(
             self.worker_id,
             engine.info,
@@ -227,7 +230,7 @@ class Worker:
             clock,
             self.metrics,
             self._work,
-            settings.decode,
+            decode,
         )
         self._sessions = SessionServer(self.incarnation, loop, clock, self.metrics)
         return loop

@@ -221,7 +221,9 @@ class WorkerActor:
 
         config = self._plan.deployment.config
         decode = DecodeSettings(
-            config.engine.step_budget_ms / 1000, RoomSettings(config.engine.growth_reserve_blocks)
+            config.engine.step_budget_ms / 1000,
+            RoomSettings(config.engine.growth_reserve_blocks),
+            config.engine.local_prefill_share,
         )
         return WorkerSettings(decode=decode, transports=config.network.transports)
 

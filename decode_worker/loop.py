@@ -8,7 +8,7 @@ from decode_worker.arrivals import Arrivals
 from decode_worker.isolation import Isolation
 from decode_worker.request import DecodeRequest, Phase, TokenSink
 from decode_worker.room import LiveRequests, Room, RoomSettings
-from decode_worker.scheduler import plan_chunks
+from decode_worker.scheduler import PrefillQuota, plan_chunks
 from pdserve.contract.block_names import ChainRoot
 from pdserve.contract.errors import (
     DeadlineExceeded,
@@ -48,6 +48,9 @@ class DecodeSettings:
     step_budget_s: float = 0.2
     """What one step should take at most when prompts are computed beside the running batch."""
     room: RoomSettings = field(default_factory=RoomSettings)
+    local_prefill_share: float = 0.5
+    """Most of its time that a decode worker spends on prompts of its own while sequences run. Unsplit workers
+    have no such limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,7 @@ class DecodeLoop:
             worker_id, info, self._room, self, transports, rpc, clock, metrics, work.set
         )
 
+        self._quota = PrefillQuota(settings.local_prefill_share)
         self._isolation = Isolation(
             self._requests, self._room, clock, self._preempt, self._computes_for_others
         )
@@ -252,7 +256,7 @@ class DecodeLoop:
 
     def _schedule(self) -> StepPlan:
         decoding = self._room.grow_running()
-        prefilling = self.in_phase(Phase.PREFILLING)
+        prefilling = self.in_phase(Phase.PREFILLING) if self._quota.allows(len(decoding)) else []
         jobs = self._calls.in_state(JobState.READY)
         progress = [PromptProgress(r.num_computed, r.num_to_prefill) for r in prefilling]
         progress += [PromptProgress(job.num_computed, job.num_prompt) for job in jobs]
@@ -286,6 +290,9 @@ class DecodeLoop:
             self.prefill_tokens_per_s = batch.num_new_tokens / max(result.seconds, 1e-9)
         elif not (plan.prefilling or plan.jobs):
             self.decode_step_s = result.seconds
+        num_own_tokens = sum(stop - request.num_computed for request, stop in plan.prefilling)
+        own_s = min(result.seconds, num_own_tokens * self._cost.per_prefill_token_s)
+        self._quota.note_step(len(plan.decoding), own_s, result.seconds)
         self._metrics.step_seconds.observe(result.seconds)
         self._metrics.batch_sequences.observe(len(batch.sequences))
         return result

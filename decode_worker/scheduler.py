@@ -23,6 +23,24 @@ def choose_victim(num_reserved: int, num_running: int) -> str | None:
     return "running" if num_running > 1 else None
 
 
+class PrefillQuota:
+    """Caps the share of a worker's time that goes into its own prompts while sequences run: a debt grows with
+    the time that prompts took, and shrinks by `share` of all time."""
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._debt_s = 0.0
+
+    def allows(self, num_decoding: int) -> bool:
+        """Whether the next step may compute prompts beside `num_decoding` sequences."""
+        return not num_decoding or self._debt_s <= 0
+
+    def note_step(self, num_decoding: int, prefill_s: float, step_s: float) -> None:
+        """A step of `step_s` has spent `prefill_s` on prompts. Time without running sequences is free."""
+        owed_s = self._debt_s + prefill_s - self._share * step_s if num_decoding else 0.0
+        self._debt_s = max(0.0, owed_s)
+
+
 def plan_chunks(
     prompts: Sequence[PromptProgress],
     chunk_tokens: int,

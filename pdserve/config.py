@@ -144,6 +144,10 @@ class EngineConfig(_Section):
     """Blocks that a decode worker keeps free for each running sequence when a new request reserves its
     own."""
 
+    local_prefill_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Most of its time that a decode worker spends on prompts of its own while it generates, as when no
+    prefill worker is left. Unsplit workers have no such limit."""
+
     @model_validator(mode="after")
     def _chunks_are_whole_blocks(self) -> "EngineConfig":
         if self.chunk_tokens % self.block_size:

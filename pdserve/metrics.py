@@ -296,6 +296,14 @@ class RouterMetrics:
             registry=self.registry,
         ).set_function(count)
 
+    def follow_degraded(self, is_degraded: Callable[[], bool]) -> None:
+        """Export whether a whole pool is missing, read at scrape time."""
+        Gauge(
+            "pdserve_router_degraded",
+            "1 while a whole pool is missing: nobody decodes, or decode workers compute the prompts, too.",
+            registry=self.registry,
+        ).set_function(is_degraded)
+
     def follow_workers(self, count: Callable[[], float]) -> None:
         """Export how many workers this router can use, read at scrape time."""
         Gauge(

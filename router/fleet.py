@@ -239,6 +239,13 @@ class Fleet:
             return Fate.DEAD
         return Fate.ALIVE if view.connected else Fate.UNKNOWN
 
+    @property
+    def is_degraded(self) -> bool:
+        """A whole pool is missing: nobody decodes, or decode workers compute the prompts, too."""
+        split = any(view.member.role is Role.DECODE for view in self.workers.values())
+        decoding = self.num_usable(Role.DECODE) + self.num_usable(Role.UNSPLIT)
+        return not decoding or (split and not self.num_usable(Role.PREFILL))
+
     def num_usable(self, role: Role) -> int:
         return sum(view.usable and view.member.role is role for view in self.workers.values())
 

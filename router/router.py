@@ -42,6 +42,7 @@ class Router:
         )
         self._num_requests = 0
         self.metrics.follow_index_mismatches(lambda: self.fleet.num_index_mismatches)
+        self.metrics.follow_degraded(lambda: self.fleet.is_degraded)
         self.metrics.follow_workers(lambda: sum(view.usable for view in self.fleet.workers.values()))
 
     def set_members(self, members: Members) -> None:
@@ -55,7 +56,8 @@ class Router:
         """Ready as soon as one worker can decode; a missing prefill pool only makes it slower."""
         workers = {role.value: self.fleet.num_usable(role) for role in Role}
         if workers[Role.DECODE] + workers[Role.UNSPLIT]:
-            return Readiness(True, "ready", workers)
+            why = "degraded: no prefill worker is ready, decode workers compute the prompts"
+            return Readiness(True, why if self.fleet.is_degraded else "ready", workers)
         known = len(self.fleet.workers)
         reason = f"none of {known} workers can decode yet" if known else "no worker is known yet"
         return Readiness(False, reason, workers)

@@ -83,6 +83,7 @@ def _router_metrics() -> Iterable[Metric]:
     metrics.on_request_start("chat")
     metrics.on_request_end("chat", "ok", 200)
     metrics.follow_index_mismatches(lambda: 0)
+    metrics.follow_degraded(lambda: False)
     metrics.follow_workers(lambda: 0)
     return metrics.registry.collect()
 

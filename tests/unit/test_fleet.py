@@ -203,17 +203,17 @@ def test_a_worker_without_work_may_stand_still() -> None:
 
 def test_a_process_is_dead_only_when_the_controller_has_let_it_go_without_a_word_before() -> None:
     fleet = Fleet()
-    fleet.set_members(Members(1, (member("d0"), member("d1"))))
-    crashed, stopped = connect(fleet, "d0"), connect(fleet, "d1")
+    fleet.set_members(Members(1, (member("d0"), member("d1", incarnation=5))))
+    crashed, stopped = connect(fleet, "d0"), connect(fleet, "d1", 5)
     who = crashed.identity
     assert fleet.fate(who) is Fate.ALIVE
     fleet.lost(crashed)
     assert fleet.fate(who) is Fate.UNKNOWN
-    fleet.report(stopped, report(1, load=replace(LOAD, state=WorkerState.DRAINING)), now=2.0)
+    fleet.report(stopped, report(5, load=replace(LOAD, state=WorkerState.DRAINING)), now=2.0)
     fleet.lost(stopped)
     fleet.set_members(Members(2, (member("d0", incarnation=2),)))
     assert fleet.fate(who) is Fate.DEAD
-    assert fleet.fate(Identity(WorkerId("d1"), Incarnation(1))) is Fate.EXCUSED
+    assert fleet.fate(Identity(WorkerId("d1"), Incarnation(5))) is Fate.EXCUSED
 
 
 def test_who_goes_with_its_whole_host_is_excused() -> None:
