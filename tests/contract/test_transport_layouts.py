@@ -11,6 +11,7 @@ from pdserve.contract.ids import BlockId
 from pdserve.contract.work import LayerRange
 from pdserve.handoff.digest import digest
 from pdserve.handoff.transports.base import LocalSide
+from tests.contract.memfd_driver import MemfdDriver
 from tests.contract.sharded_pool import PoolShape, ShardedPool
 from tests.contract.transport_pair import WORLDS, MemoryFilePool, Worker, World, nothing_left
 
@@ -107,7 +108,7 @@ def test_a_source_that_cannot_be_read_by_rows_says_so(transport: str) -> None:
     """The decode worker's pool could be read and written so; the source's is cut by heads."""
     world = next(World(*args) for args in WORLDS.values() if args[0] == transport)
     world.skip_without_its_package()
-    to_pool = MemoryFilePool(SHAPE.num_blocks, ShardedPool(SHAPE, 1).block_bytes, SHAPE.num_layers)
+    to_pool = world.make_pool(SHAPE.num_blocks, ShardedPool(SHAPE, 1).block_bytes, SHAPE.num_layers)
     from_pool = ShardedPool(SHAPE, 2)
     from_pool.fill(noise(1))
 
@@ -116,7 +117,8 @@ def test_a_source_that_cannot_be_read_by_rows_says_so(transport: str) -> None:
         ids = [BlockId(block) for block in range(SHAPE.num_blocks)]
         return await move(source, decode, ids, ids)
 
-    reason = asyncio.run(story())
+    with MemfdDriver.in_place_of_cuda():
+        reason = asyncio.run(story())
     assert reason.startswith("grpc: ")
     assert f"{transport}: the source's pool " in reason
     np.testing.assert_array_equal(to_pool.array.reshape(-1), noise(1).view(np.uint8).reshape(-1))

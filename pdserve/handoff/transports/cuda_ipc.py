@@ -72,7 +72,7 @@ class CudaIpcTransport:
         self._driver: IpcDriver | None = None
         self._devices: tuple[str, ...] = ()
         self._exported: ExportedPool | None = None
-        self._why_not_source = "the pool is not in a GPU's memory"
+        self._why_not_source = "the source's pool is not in a GPU's memory"
         self._peers: OpenPeers[OpenPool] = OpenPeers(self._close_pool)
         memory = side.blocks.device_memory() if isinstance(side.blocks, DeviceBlocks) else None
         if memory is not None:
