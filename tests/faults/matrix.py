@@ -1,0 +1,116 @@
+"""`make faults`: every fault at every state of the protocol, on the real system.
+
+python -m tests.faults.matrix [--rounds N] [--rows ROW ...] [--output FILE]
+
+A process that dies five times in a row is given up, as it should be, so every few kills the system is ended
+and started anew, which is itself part of what is tested.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.conditions import conditions
+from tests.faults.rehearsal import Case, Rehearsal, Run, rehearsal
+from tests.faults.rows import cases
+from tests.ray_cluster import ROOT, private_pdserve
+from tests.small_models import SmallModel, make_model
+from tests.small_tokenizers import save_chat_folder
+
+OUTPUT = ROOT / "benchmarks" / "results" / "faults-cpu.json"
+MAX_DEATHS_PER_SYSTEM = 3
+"""Of one process; with the next but one it would be given up."""
+
+
+def main() -> int:
+    """0 when nothing was lost, wrong or left in any run."""
+    options = _options()
+    torch.set_num_threads(1)
+    wanted = [case for case in cases() if not options.rows or case.row in options.rows]
+    runs: list[Run] = []
+    for round_number in range(options.rounds):
+        todo = [replace(case, seed=1000 * round_number + case.seed) for case in wanted]
+        for run in run_all(todo):
+            runs.append(run)
+            _say(run)
+            save(options.output, runs)
+    return 0 if all(run.is_good for run in runs) else 1
+
+
+def run_all(todo: Sequence[Case]) -> Iterator[Run]:
+    """Through as many systems as it takes."""
+    with _model() as model:
+        for group in _groups(todo):
+            with private_pdserve() as pdserve, rehearsal(pdserve, model) as system:
+                yield from _run_group(system, group)
+
+
+def save(file: Path, runs: Sequence[Run]) -> None:
+    content = {"conditions": conditions("faults"), "runs": [run.as_json() for run in runs]}
+    file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _run_group(system: Rehearsal, group: Sequence[Case]) -> Iterator[Run]:
+    with asyncio.Runner() as runner:
+        for case in group:
+            run = runner.run(system.run(case))
+            yield run
+            if not run.happened:
+                return  # what is armed and has not happened would happen in the next run
+
+
+def _groups(todo: Sequence[Case]) -> Iterator[list[Case]]:
+    """In each, no process dies more often than one system can bear."""
+    group: list[Case] = []
+    deaths: dict[str, int] = {}
+    for case in todo:
+        if any(deaths.get(name, 0) >= MAX_DEATHS_PER_SYSTEM for name in case.kills):
+            yield group
+            group, deaths = [], {}
+        group.append(case)
+        for name in case.kills:
+            deaths[name] = deaths.get(name, 0) + 1
+    if group:
+        yield group
+
+
+@contextlib.contextmanager
+def _model() -> Iterator[SmallModel]:
+    with tempfile.TemporaryDirectory(prefix="pdserve-faults-") as folder:
+        model = make_model("llama", Path(folder) / "model", vocab_size=420)
+        save_chat_folder(model.folder)
+        yield model
+
+
+def _say(run: Run) -> None:
+    mark = "ok " if run.is_good else "BAD"
+    parts = [
+        f"{mark} {run.row:15} {run.what}: lost {run.num_lost} of {run.num_requests}",
+        f"wrong {run.num_wrong_tokens}, leaked {run.num_leaked_blocks}",
+        f"pause {run.longest_pause_s:.2f} s, whole after {run.whole_after_s:.1f} s",
+        *([] if run.happened else ["DID NOT HAPPEN"]),
+        *run.problems[:3],
+    ]
+    sys.stdout.write(", ".join(parts) + "\n")
+    sys.stdout.flush()
+
+
+def _options() -> Any:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=1, help="how often the whole matrix is run")
+    parser.add_argument("--rows", nargs="*", help="only these rows of tests/faults/rows.py")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="where the results are written")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
