@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PACKAGES := pdserve router prefill_worker decode_worker controller load_generator
 
-.PHONY: install up test check format proto docs bench simulate-faults simulate-mutations clean
+.PHONY: install up test check format proto docs bench simulate-faults simulate-mutations faults soak clean
 
 install: $(VENV)/.installed-dev  ## everything that the other verbs need
 
@@ -48,6 +48,14 @@ simulate-faults: $(VENV)/.installed-dev  ## whole systems with faults in virtual
 
 simulate-mutations: $(VENV)/.installed-dev  ## whether the simulation finds planted bugs
 	$(BIN)/python -m tests.simulation.mutations
+
+faults: $(VENV)/.installed-dev  ## every fault at every state of the real system; ARGS="--rounds 3"
+	$(BIN)/python -m tests.faults.matrix $(ARGS)
+	$(BIN)/python tools/make_faults_docs.py
+
+soak: $(VENV)/.installed-dev  ## mixed load with faults for a long time; MINUTES=20
+	$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),20) $(ARGS)
+	$(BIN)/python tools/make_faults_docs.py
 
 clean:  ## remove what the verbs above have made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -12,11 +12,12 @@ import torch
 import transformers
 
 
-def conditions(benchmark: str) -> dict[str, Any]:
-    """Command, commit, time, hardware, load and versions."""
+def conditions(benchmark: str, module: str = "") -> dict[str, Any]:
+    """Command, commit, time, hardware, load and versions. `module` is what runs, if not the benchmark of that
+    name."""
     return {
         "benchmark": benchmark,
-        "command": f"python -m benchmarks.{benchmark} " + " ".join(sys.argv[1:]),
+        "command": f"python -m {module or f'benchmarks.{benchmark}'} " + " ".join(sys.argv[1:]),
         "commit": _output_of("git", "rev-parse", "HEAD"),
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "hardware": {"cpu": _cpu_name(), "cores": os.cpu_count(), "load_average": os.getloadavg()},

@@ -198,8 +198,8 @@ async def _interruptible(progress: Progress) -> AsyncIterator[None]:
         nonlocal num_signals
         num_signals += 1
         if num_signals == 1:
+            task.cancel()  # first, because nobody may be there any more to be told
             progress.note("stopping")
-            task.cancel()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, interrupt)

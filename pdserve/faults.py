@@ -276,13 +276,19 @@ def _freeze(seconds: float | None) -> None:
     """Stop the whole process, as a hypervisor or a debugger would; for `seconds`, or until somebody sends
     SIGCONT."""
     if seconds is None:
-        os.kill(os.getpid(), signal.SIGSTOP)
+        _stop()
         return
     # A stopped process cannot wake itself.
     waker = subprocess.Popen(
         ["/bin/sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"], start_new_session=True
     )
-    os.kill(os.getpid(), signal.SIGSTOP)
+    _stop()
     if waker.poll() is None:  # somebody else was earlier, or it is just ending
         os.killpg(waker.pid, signal.SIGTERM)
     waker.wait()
+
+
+def _stop() -> None:
+    """Returns when the process has been continued. The signal is this thread's own: one to the process is
+    taken by any thread, and this one would run on for a moment."""
+    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)

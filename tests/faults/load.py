@@ -72,8 +72,12 @@ class Client:
         await self.read(question, answer)
         return answer
 
-    async def read(self, question: Question, answer: Answer) -> None:
-        """Read into `answer`, so that a reader that is cancelled has told what it saw."""
+    async def read(
+        self, question: Question, answer: Answer, deadline_s: float | None = None, pause_s: float = 0.0
+    ) -> None:
+        """Read into `answer`, so that a reader that is cancelled has told what it saw. `pause_s`: between two
+        events, as a slow client."""
+        deadline = {} if deadline_s is None else {"X-Request-Timeout": str(deadline_s)}
         seen_at = time.monotonic()
         try:
             stream = await self._openai.completions.create(
@@ -83,6 +87,7 @@ class Client:
                 temperature=question.temperature,
                 seed=question.seed,
                 stream=True,
+                extra_headers=deadline,
                 extra_body={"return_token_ids": True, "ignore_eos": True},
             )
             async with stream:
@@ -91,6 +96,8 @@ class Client:
                     answer.longest_pause_s = max(answer.longest_pause_s, now - seen_at)
                     seen_at = now
                     answer.tokens += (chunk.choices[0].model_extra or {}).get("token_ids", [])
+                    if pause_s:
+                        await asyncio.sleep(pause_s)
         except (openai.OpenAIError, httpx.HTTPError) as error:  # the latter while a stream is read
             answer.error = f"{type(error).__name__}: {error}"
 

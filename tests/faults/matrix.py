@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.conditions import conditions
+from tests.faults.cancels import Cancels, cancel
 from tests.faults.rehearsal import Case, Rehearsal, Run, rehearsal
 from tests.faults.rows import cases
 from tests.ray_cluster import ROOT, private_pdserve
@@ -43,19 +44,43 @@ def main() -> int:
             runs.append(run)
             _say(run)
             save(options.output, runs)
-    return 0 if all(run.is_good for run in runs) else 1
+    cancels = None
+    if not options.rows or "client" in options.rows:
+        cancels = run_cancels()
+        save(options.output, runs, cancels)
+    is_good = cancels is None or not (cancels.num_wrong_tokens or cancels.num_leaked_blocks)
+    return 0 if is_good and all(run.is_good for run in runs) else 1
+
+
+@contextlib.contextmanager
+def small_chat_model() -> Iterator[SmallModel]:
+    """For as long as the block runs."""
+    with tempfile.TemporaryDirectory(prefix="pdserve-faults-") as folder:
+        model = make_model("llama", Path(folder) / "model", vocab_size=420)
+        save_chat_folder(model.folder)
+        yield model
 
 
 def run_all(todo: Sequence[Case]) -> Iterator[Run]:
     """Through as many systems as it takes."""
-    with _model() as model:
+    with small_chat_model() as model:
         for group in _groups(todo):
             with private_pdserve() as pdserve, rehearsal(pdserve, model) as system:
                 yield from _run_group(system, group)
 
 
-def save(file: Path, runs: Sequence[Run]) -> None:
-    content = {"conditions": conditions("faults"), "runs": [run.as_json() for run in runs]}
+def run_cancels() -> Cancels:
+    """A storm of 1,000, and then one by one."""
+    with small_chat_model() as model, private_pdserve() as pdserve, rehearsal(pdserve, model) as system:
+        return asyncio.run(cancel(system, num_storm=1000, num_timed=200))
+
+
+def save(file: Path, runs: Sequence[Run], cancels: Cancels | None = None) -> None:
+    """Write what there is so far."""
+    content: dict[str, Any] = {"conditions": conditions("faults", "tests.faults.matrix")}
+    content["runs"] = [run.as_json() for run in runs]
+    if cancels is not None:
+        content["cancels"] = cancels.as_json()
     file.write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -81,14 +106,6 @@ def _groups(todo: Sequence[Case]) -> Iterator[list[Case]]:
             deaths[name] = deaths.get(name, 0) + 1
     if group:
         yield group
-
-
-@contextlib.contextmanager
-def _model() -> Iterator[SmallModel]:
-    with tempfile.TemporaryDirectory(prefix="pdserve-faults-") as folder:
-        model = make_model("llama", Path(folder) / "model", vocab_size=420)
-        save_chat_folder(model.folder)
-        yield model
 
 
 def _say(run: Run) -> None:

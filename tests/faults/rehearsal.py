@@ -135,7 +135,7 @@ class Rehearsal:
         counted = await self._num_faults(before)
         asked = questions(case.num_requests, case.seed, case.prompt, case.output)
         for fault in case.faults:
-            await self._ask(arm=dict(fault))
+            await self.arm(fault)
         started_at = time.monotonic()
         async with Client(self.url, MODEL_NAME) as client:
             answering = asyncio.create_task(client.ask_all(asked))
@@ -145,7 +145,7 @@ class Rehearsal:
             problems = await self._whole_again(before, case)
             if case.clients_retry:
                 answers = await self._ask_once_more(client, asked, answers)
-            leaked, books = await self._at_rest()
+            leaked, books = await self.at_rest()
             whole_after_s = time.monotonic() - started_at
             happened = await self._have_happened(case, before, counted)
             expected = await client.ask_all(asked)
@@ -169,10 +169,26 @@ class Rehearsal:
     async def status(self) -> dict[str, Any]:
         return await self._ask(status=True)
 
-    async def at_rest(self) -> None:
-        """Wait until nobody holds anything; raises AssertionError when that does not come."""
-        leaked, problems = await self._at_rest()
-        assert (leaked, problems) == (0, [])
+    async def arm(self, fault: Mapping[str, Any]) -> None:
+        """Let a process suffer it, from its next such event on."""
+        await self._ask(arm=dict(fault))
+
+    async def at_rest(self) -> tuple[int, list[str]]:
+        """Wait until nobody holds anything. Blocks that are held all the same, and what the processes find
+        wrong with their books."""
+        deadline = time.monotonic() + SETTLE_TIMEOUT_S
+        while True:
+            processes = await self.check()
+            silent = [process["id"] for process in processes if process["report"] is None]
+            reports = [process["report"] for process in processes if process["report"]]
+            holders = [holder for report in reports for holder in report["holders"]]
+            if not (silent or holders) or time.monotonic() > deadline:
+                break
+            await asyncio.sleep(LOOK_S)
+        problems = [f"{name} is silent" for name in silent]
+        problems += [f"{holder['owner']} still holds {holder['num_blocks']} blocks" for holder in holders]
+        problems += [problem for report in reports for problem in report["problems"]]
+        return sum(holder["num_blocks"] for holder in holders), problems
 
     async def check(self) -> list[dict[str, Any]]:
         processes: list[dict[str, Any]] = (await self._ask(check=True))["processes"]
@@ -206,22 +222,6 @@ class Rehearsal:
             if status["state"] == "ready" and not gone & set(_pids(status).values()):
                 return True
         return False
-
-    async def _at_rest(self) -> tuple[int, list[str]]:
-        """Blocks that are held though no request runs, and what the processes find wrong with their books."""
-        deadline = time.monotonic() + SETTLE_TIMEOUT_S
-        while True:
-            processes = await self.check()
-            silent = [process["id"] for process in processes if process["report"] is None]
-            reports = [process["report"] for process in processes if process["report"]]
-            holders = [holder for report in reports for holder in report["holders"]]
-            if not (silent or holders) or time.monotonic() > deadline:
-                break
-            await asyncio.sleep(LOOK_S)
-        problems = [f"{name} is silent" for name in silent]
-        problems += [f"{holder['owner']} still holds {holder['num_blocks']} blocks" for holder in holders]
-        problems += [problem for report in reports for problem in report["problems"]]
-        return sum(holder["num_blocks"] for holder in holders), problems
 
     async def _ask_once_more(
         self, client: Client, asked: Sequence[Question], answers: Sequence[Answer]
