@@ -22,16 +22,18 @@ RESULTS = ROOT / "benchmarks" / "results"
 HEAD = """\
 # Faults: what was tried, and what came of it
 
-Every row of the hand-off's fault table was provoked on the real system: processes on Ray, real sockets, requests of the
-official client under way. [Game days](game-days.md) says how to do the same to yours. In each run eight requests or
-more are sent while the fault happens; afterwards all processes check their books, and the same requests run again without
-faults, which gives the right tokens. A request is lost when its client gets an error or too few tokens. The pause is the
-longest that any client of the run saw between two events of its stream, or before the first.
+The rows of the hand-off's fault table, provoked on the real system: processes on Ray, real sockets, requests of
+the official client under way. [Game days](game-days.md) says how to do the same to yours. In each run eight
+requests or more are sent while the fault happens; afterwards all processes check their books, and the same
+requests run again without faults, which gives the right tokens. A request is lost when its client gets an error
+or too few tokens. The pause is the longest that any client of the run saw between two events of its stream, or
+before the first; whole again is everything, replacements included, in service and at rest.
 
-This page is generated from [the results](../benchmarks/results) by `tools/make_faults_docs.py`; do not edit it.
+This page is generated from [the results](../benchmarks/results) by `tools/make_faults_docs.py`; do not edit
+it.
 """
 TABLE = """\
-| what happens | runs | pause: median, max | whole again: median, max | requests lost | tokens wrong | blocks leaked |
+| what happens | runs | pause: median, max | whole again: median, max | lost | tokens wrong | blocks leaked |
 |---|---|---|---|---|---|---|"""
 CASES = """\
 | how it was provoked | runs | pause: max | lost | wrong | leaked | |
@@ -95,10 +97,10 @@ def _cancels(cancels: Mapping[str, Any] | None) -> Iterator[str]:
         yield "Not measured yet.\n"
         return
     yield (
-        f"A storm of {cancels['num_cancelled'] + cancels['num_finished']} requests of which "
-        f"{cancels['num_cancelled']} were cancelled at random phases: {cancels['num_wrong_tokens']} answers wrong "
-        f"beside it, {cancels['num_leaked_blocks']} blocks leaked. One at a time, from the client's close until no "
-        "block is held (asked over HTTP, so some milliseconds are the question's):\n"
+        f"A storm of {cancels['num_cancelled'] + cancels['num_finished']} requests, of which "
+        f"{cancels['num_cancelled']} were cancelled at random phases: {cancels['num_wrong_tokens']} answers "
+        f"wrong beside it, {cancels['num_leaked_blocks']} blocks leaked. One at a time, from the client's close "
+        "until no block is held (asked over HTTP, so some milliseconds are the question's):\n"
     )
     yield "| side | cancels | median | p99 | max |\n|---|---|---|---|---|"
     for side in ("prefill", "decode"):
@@ -117,8 +119,8 @@ def _soak(results: Mapping[str, Any]) -> Iterator[str]:
     outcomes = ", ".join(f"{count} {name}" for name, count in results["outcomes"].items())
     yield (
         f"{results['minutes']:g} minutes of mixed load with {results['num_faults']} faults: "
-        f"{results['num_requests']} requests ({outcomes}); unaccounted for: {results['num_unaccounted']}, wrong "
-        f"tokens: {results['num_wrong_tokens']}, blocks leaked: {results['num_leaked_blocks']}.\n"
+        f"{results['num_requests']} requests ({outcomes}); unaccounted for: {results['num_unaccounted']}, "
+        f"wrong tokens: {results['num_wrong_tokens']}, blocks leaked: {results['num_leaked_blocks']}.\n"
     )
     yield "| process | what | after the first fifth | at the end |\n|---|---|---|---|"
     for name, first, last in results["growth"]:

@@ -77,7 +77,7 @@ class Client:
     ) -> None:
         """Read into `answer`, so that a reader that is cancelled has told what it saw. `pause_s`: between two
         events, as a slow client."""
-        deadline = {} if deadline_s is None else {"X-Request-Timeout": str(deadline_s)}
+        deadline = {} if deadline_s is None else {"X-Request-Timeout-Ms": str(int(1000 * deadline_s))}
         seen_at = time.monotonic()
         try:
             stream = await self._openai.completions.create(
