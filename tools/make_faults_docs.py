@@ -22,12 +22,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 HEAD = """\
 # Faults: what was tried, and what came of it
 
-The rows of the hand-off's fault table, provoked on the real system: processes on Ray, real sockets, requests of
-the official client under way. [Game days](game-days.md) says how to do the same to yours. In each run eight
-requests or more are sent while the fault happens; afterwards all processes check their books, and the same
-requests run again without faults, which gives the right tokens. A request is lost when its client gets an error
-or too few tokens. The pause is the longest that any client of the run saw between two events of its stream, or
-before the first; whole again is everything, replacements included, in service and at rest.
+The rows of the hand-off's fault table, provoked on the real system: processes on Ray, real sockets,
+requests of the official client under way. [Game days](game-days.md) says how to do the same to yours. In
+each run eight requests or more are sent while the fault happens; afterwards all processes check their
+books, and the same requests run again without faults, which gives the right tokens. A request is lost when
+its client gets an error or too few tokens. The pause is the longest that any client of the run saw between
+two events of its stream, or before the first; whole again is everything, replacements included, in service
+and at rest.
 
 This page is generated from [the results](../benchmarks/results) by `tools/make_faults_docs.py`; do not edit
 it.
@@ -99,8 +100,8 @@ def _cancels(cancels: Mapping[str, Any] | None) -> Iterator[str]:
     yield (
         f"A storm of {cancels['num_cancelled'] + cancels['num_finished']} requests, of which "
         f"{cancels['num_cancelled']} were cancelled at random phases: {cancels['num_wrong_tokens']} answers "
-        f"wrong beside it, {cancels['num_leaked_blocks']} blocks leaked. One at a time, from the client's close "
-        "until no block is held (asked over HTTP, so some milliseconds are the question's):\n"
+        f"wrong beside it, {cancels['num_leaked_blocks']} blocks leaked. One at a time, from the client's "
+        "close until no block is held (asked over HTTP, so some milliseconds are the question's):\n"
     )
     yield "| side | cancels | median | p99 | max |\n|---|---|---|---|---|"
     for side in ("prefill", "decode"):

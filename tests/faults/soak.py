@@ -2,9 +2,10 @@
 
 python -m tests.faults.soak [--minutes M] [--output FILE]
 
-Eight clients ask one question after the other, of a set whose answers are known and which is larger than the
-KV pools. One request in twenty goes wrong on purpose: its client leaves, sets a deadline that is too short, or
-reads slowly, or a worker is killed or frozen while it runs. Every request must end as its kind says.
+Eight clients ask one question after the other, of a set whose answers are known and which is larger than
+the KV pools. One request in twenty goes wrong on purpose: its client leaves, sets a deadline that is too
+short, or reads slowly, or a worker is killed or frozen while it runs. Every request must end as its kind
+says.
 """
 
 import argparse
