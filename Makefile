@@ -24,6 +24,7 @@ check: $(VENV)/.installed-dev  ## everything that can be found wrong without run
 	$(BIN)/python tools/make_stubs.py --check
 	$(BIN)/python tools/make_metrics_docs.py --check
 	$(BIN)/python tools/make_config_docs.py --check
+	$(BIN)/python tools/make_faults_docs.py --check
 	$(BIN)/python tools/make_dashboards.py --check
 
 format: $(VENV)/.installed-dev  ## rewrite the code in the project's form
@@ -36,6 +37,7 @@ proto: $(VENV)/.installed-dev  ## generate the stubs from proto/
 docs: $(VENV)/.installed-dev  ## generate the pages that follow from the code
 	$(BIN)/python tools/make_metrics_docs.py
 	$(BIN)/python tools/make_config_docs.py
+	$(BIN)/python tools/make_faults_docs.py
 	$(BIN)/python tools/make_dashboards.py
 
 bench: $(VENV)/.installed-dev  ## the benchmarks in their short form
