@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,13 @@ class Rehearsal:
     def url(self) -> str:
         return self.up.url
 
-    async def run(self, case: Case) -> Run:
+    async def run(
+        self,
+        case: Case,
+        happen: Callable[[], Awaitable[None]] | None = None,
+        heal: Callable[[], None] | None = None,
+    ) -> Run:
+        """`happen` is what else is done while the requests run, `heal` when they have been answered."""
         before = await self.status()
         counted = await self._num_faults(before)
         asked = questions(case.num_requests, case.seed, case.prompt, case.output)
@@ -141,7 +147,11 @@ class Rehearsal:
             answering = asyncio.create_task(client.ask_all(asked))
             if "controller" in case.kills:
                 self._kill_controller(before)
+            if happen is not None:
+                await happen()
             answers = await answering
+            if heal is not None:
+                heal()
             problems = await self._whole_again(before, case)
             if case.clients_retry:
                 answers = await self._ask_once_more(client, asked, answers)
@@ -278,10 +288,11 @@ class Rehearsal:
 
 
 @contextlib.contextmanager
-def rehearsal(pdserve: Pdserve, model: SmallModel, **settings: Any) -> Iterator[Rehearsal]:
-    """Two prefill and two decode workers, each with one port to come back to. Nothing is left at the end."""
-    file = write_config(pdserve.runtime, model, **settings)
-    with pdserve.up("--config", str(file), "--allow-faults") as up:
+def rehearsal(pdserve: Pdserve, model: SmallModel, *options: str, **sections: Any) -> Iterator[Rehearsal]:
+    """Two prefill and two decode workers, each with one port to come back to; `sections` replace those of the
+    configuration. Nothing is left at the end."""
+    file = write_config(pdserve.runtime, model, **sections)
+    with pdserve.up("--config", str(file), "--allow-faults", *options) as up:
         system = Rehearsal(pdserve, up, model)
         try:
             yield system
@@ -289,17 +300,15 @@ def rehearsal(pdserve: Pdserve, model: SmallModel, **settings: Any) -> Iterator[
             system.close()
 
 
-def write_config(
-    folder: Path, model: SmallModel, num_prefill: int = 2, num_decode: int = 2, **sections: Any
-) -> Path:
+def write_config(folder: Path, model: SmallModel, **sections: Any) -> Path:
     """A configuration with short chunks, so that small prompts have several segments."""
-    first_port = free_ports(num_prefill + num_decode)
+    first_port = free_ports(4)
     content = {
         "model": {"path": str(model.folder), "served_name": MODEL_NAME},
         "engine": {"threads": 1, "chunk_tokens": 32, "kv_memory": "16MiB"},
-        "pools": {"prefill": {"replicas": num_prefill}, "decode": {"replicas": num_decode}},
+        "pools": {"prefill": {"replicas": 2}, "decode": {"replicas": 2}},
         "router": {"http_port": 0},
-        "network": {"worker_ports": f"{first_port}-{first_port + num_prefill + num_decode - 1}"},
+        "network": {"worker_ports": f"{first_port}-{first_port + 3}"},
     }
     file = folder / "rehearsal.yaml"
     file.write_text(yaml.safe_dump(content | sections))
