@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,10 +59,11 @@ class Islands:
 
 
 @contextlib.contextmanager
-def islands(folder: Path, resources: dict[str, str]) -> Iterator[Islands]:
+def islands(resources: dict[str, str]) -> Iterator[Islands]:
     """`resources` of the nodes ``head``, ``a`` and ``b``, as JSON for Ray. Nothing is left at the end."""
     port = free_ports(1)
     with contextlib.ExitStack() as undo:
+        folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="pds-")))
         _ip("link", "add", BRIDGE, "type", "bridge")
         undo.callback(_ip, "link", "del", BRIDGE)
         _ip("addr", "add", f"{SUBNET}.1/24", "dev", BRIDGE)

@@ -37,7 +37,7 @@ def system_on_islands(model: SmallModel) -> Iterator[tuple[Rehearsal, Islands]]:
         "network": {"transports": ["grpc"], "metrics_host": "0.0.0.0"},
         "ray": {"placement_timeout_s": 30},
     }
-    with private_pdserve() as pdserve, islands(pdserve.runtime, _NODES) as cluster:
+    with islands(_NODES) as cluster, private_pdserve() as pdserve:
         pdserve.env.update(SETTINGS)
         with rehearsal(pdserve, model, "--address", cluster.address, **sections) as system:
             yield system, cluster
