@@ -65,8 +65,11 @@ def run_all(todo: Sequence[Case]) -> Iterator[Run]:
     """Through as many systems as it takes."""
     with small_chat_model() as model:
         for group in _groups(todo):
-            with private_pdserve() as pdserve, rehearsal(pdserve, model) as system:
-                yield from _run_group(system, group)
+            while group:
+                with private_pdserve() as pdserve, rehearsal(pdserve, model) as system:
+                    for run in _run_group(system, group):
+                        yield run
+                        group = group[1:]
 
 
 def run_cancels() -> Cancels:

@@ -53,7 +53,10 @@ FREEZE_S = 8.0
 
 def cases() -> list[Case]:
     """The whole matrix, in an order in which no process dies twice in a row."""
-    found = [*_killed(), *_frozen(), *_engines(), *_segments(), *_cuts(), *_pools(), *_rest()]
+    # A cut keeps its pair out of use for a while, so cuts are kept apart.
+    cuts = _cuts()
+    found = [next(cuts), *_killed(), next(cuts), *_frozen(), next(cuts), *_engines(), next(cuts)]
+    found += [*_segments(), *_pools(), *_rest()]
     return [_seeded(case, seed) for seed, case in enumerate(found)]
 
 
@@ -66,7 +69,7 @@ def one_case_per_row() -> list[Case]:
         _engine("prefill", 1, "fail"),
         _segment("corrupt"),
         _segment("repeat"),
-        _cut_off("received Segment", "receiving a segment"),
+        _cut_off(0, "received Segment", "receiving a segment"),
         _no_prefill(),
         _no_decode(),
         _session(100),
@@ -125,12 +128,14 @@ def _segment(action: str) -> Case:
 
 
 def _cuts() -> Iterator[Case]:
-    for event in ("sent PrefillOpen", "sent Reserved", "received Segment", "received Sealed"):
-        yield _cut_off(event, DECODE_STATES[event])
+    for number, event in enumerate(
+        ("sent PrefillOpen", "sent Reserved", "received Segment", "received Sealed")
+    ):
+        yield _cut_off(number % 2, event, DECODE_STATES[event])
 
 
-def _cut_off(event: str, state: str) -> Case:
-    fault = _fault("decode-0", event, "cut", nth=2, seconds=3.0)
+def _cut_off(index: int, event: str, state: str) -> Case:
+    fault = _fault(f"decode-{index}", event, "cut", nth=2, seconds=3.0)
     return Case(
         "cut", f"decode worker cut off from one prefill worker for 3 s at `{event}` ({state})", (fault,)
     )
