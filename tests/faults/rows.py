@@ -147,8 +147,8 @@ def _pools() -> Iterator[Case]:
 
 
 def _no_prefill() -> Case:
-    fault = _fault("prefill", "received PrefillOpen", "kill")
-    return Case("no prefill", "both prefill workers killed when asked", (fault,), ("prefill-0", "prefill-1"))
+    fault = _fault("prefill", "now", "kill")
+    return Case("no prefill", "both prefill workers killed at once", (fault,), ("prefill-0", "prefill-1"))
 
 
 def _no_decode() -> Case:
