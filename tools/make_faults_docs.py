@@ -64,16 +64,22 @@ def _faults(results: Mapping[str, Any]) -> Iterator[str]:
     runs = results.get("runs", [])
     yield f"## By row\n\n{_conditions(results)}\n"
     yield TABLE
-    yield from (_row(text, [run for run in runs if run["row"] == row]) for row, text in ROWS.items())
+    yield from (_row(row, runs) for row in ROWS)
     yield "\n## By state\n"
     yield CASES
     yield from (_case(what, [run for run in runs if run["what"] == what]) for what in _in_order(runs))
     yield ""
 
 
-def _row(text: str, runs: Sequence[Mapping[str, Any]]) -> str:
+def _row(row: str, all_runs: Sequence[Mapping[str, Any]]) -> str:
+    text = ROWS[row]
+    if row == "client":
+        return f"| {text} | [below](#clients-that-go-away) | | | | | |"
+    # Each worker has one port to come back to, so all that are killed are restarted at the same address.
+    rows = ("prefill killed", "decode killed") if row == "restarted" else (row,)
+    runs = [run for run in all_runs if run["row"] in rows]
     if not runs:
-        return f"| {text} | 0 | | | | | |"
+        return f"| {text} | not on the real system yet | | | | | |"
     pauses, wholes = ([run[key] for run in runs] for key in ("longest_pause_s", "whole_after_s"))
     cells = [text, str(len(runs)), _median_and_max(pauses), _median_and_max(wholes)]
     sums = [sum(run[key] for run in runs) for key in ("num_lost", "num_wrong_tokens", "num_leaked_blocks")]

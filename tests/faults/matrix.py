@@ -21,6 +21,8 @@ import torch
 
 from benchmarks.conditions import conditions
 from tests.faults.cancels import Cancels, cancel
+from tests.faults.islands import why_not
+from tests.faults.network_cut import cut_while_under_way, system_on_islands
 from tests.faults.rehearsal import Case, Rehearsal, Run, rehearsal
 from tests.faults.rows import cases
 from tests.ray_cluster import ROOT, private_pdserve
@@ -44,6 +46,8 @@ def main() -> int:
             runs.append(run)
             _say(run)
             save(options.output, runs)
+    if not options.rows or "cut" in options.rows:
+        runs += run_network_cut(options.rounds)
     cancels = None
     if not options.rows or "client" in options.rows:
         cancels = run_cancels()
@@ -70,6 +74,18 @@ def run_all(todo: Sequence[Case]) -> Iterator[Run]:
                     for run in _run_group(system, group):
                         yield run
                         group = group[1:]
+
+
+def run_network_cut(rounds: int) -> Iterator[Run]:
+    """On a cluster in network namespaces, where there can be one."""
+    if why_not():
+        sys.stdout.write(f"skipped: the cut of a real link ({why_not()})\n")
+        return
+    with small_chat_model() as model, system_on_islands(model) as (system, cluster):
+        for seed in range(rounds):
+            run = asyncio.run(cut_while_under_way(system, cluster, seed))
+            _say(run)
+            yield run
 
 
 def run_cancels() -> Cancels:
