@@ -97,6 +97,8 @@ class Client:
         except PdserveError as error:
             return self._judge(error)
         finally:
+            if self._system.failures:
+                reader.cancel()  # the run is over
             await asyncio.gather(reader, return_exceptions=True)
             desk.when_dead.remove(reader.cancel)
             self._reader = None
