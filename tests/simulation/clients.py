@@ -4,7 +4,7 @@ import asyncio
 from contextlib import aclosing
 from enum import StrEnum
 
-from pdserve.contract.errors import ClientTooSlow, DeadlineExceeded, PdserveError
+from pdserve.contract.errors import ClientTooSlow, DeadlineExceeded, PdserveError, Poisonous
 from pdserve.contract.ids import RequestId
 from pdserve.contract.tokens import unpack_tokens
 from router.requests import OutputDelta
@@ -13,12 +13,16 @@ from tests.simulation.coverage import Stage
 from tests.simulation.scenario import Asked
 from tests.simulation.system import Desk, SimulatedSystem
 
+DEATHS_OF_THE_CONDEMNED = 3
+"""Faults strike whom they like: who has lost its worker so often, and alone at last, looks poisonous."""
+
 
 class Outcome(StrEnum):
     FINISHED = "finished"
     LEFT = "client left"
     DEADLINE = "deadline"
     TOO_SLOW = "client too slow"
+    CONDEMNED = "condemned"
     ROUTER_LOST = "router lost"
     FAILED = "failed"
 
@@ -41,6 +45,11 @@ class Client:
         self._error: PdserveError | None = None
         self._streaming_attempt = 0
         self._reader: asyncio.Task[None] | None = None
+
+    @property
+    def _num_attempts(self) -> int:
+        attempt = None if self.request_id is None else self._system.network.attempts.get(self.request_id)
+        return 0 if attempt is None else attempt.submit.attempt
 
     @property
     def stage(self) -> Stage:
@@ -136,9 +145,7 @@ class Client:
             self._finished = True
             if len(self._output) != len(self._expected):
                 self._system.fail(f"{self.name} was finished after {len(self._output)} tokens")
-        assert self.request_id is not None
-        attempt = self._system.network.attempts.get(self.request_id)
-        self._streaming_attempt = 0 if attempt is None else attempt.submit.attempt
+        self._streaming_attempt = self._num_attempts
 
     async def _take(self, unread: Unread) -> None:
         while await unread.take() is not None:
@@ -150,6 +157,8 @@ class Client:
             return Outcome.DEADLINE
         if isinstance(error, ClientTooSlow) and self.asked.read_pause_s:
             return Outcome.TOO_SLOW
+        if isinstance(error, Poisonous) and self._num_attempts >= DEATHS_OF_THE_CONDEMNED:
+            return Outcome.CONDEMNED
         self._system.fail(f"{self.name} ({self.request_id}) got {type(error).__name__}: {error}")
         return Outcome.FAILED
 
