@@ -337,7 +337,6 @@ class Caretaker:
     def __init__(self, system: SimulatedSystem) -> None:
         self._system = system
         self._num_absences = 0
-        self._returned = asyncio.Event()
         self._epoch = 0
         self._last: Members | None = None
 
@@ -364,9 +363,8 @@ class Caretaker:
                     self._tell(desk, members)
 
     def leave(self, seconds: float) -> None:
-        """Gone; nobody is replaced and nobody told meanwhile."""
+        """Gone; the routers are told of nothing meanwhile, also not of processes that were started again."""
         self._num_absences += 1
-        self._returned.clear()
         self._system.loop.call_later(seconds, self._return)
 
     def replace(self, name: str) -> None:
@@ -374,13 +372,12 @@ class Caretaker:
         random = self._system.random
         if random.random() < 0.7:
             self._system.loop.call_later(random.random() * 0.05, self.push)
-        self._system.in_background(self._replace(name, random.random() * 0.4))
+        longest_s = random.choice((0.0, 0.004, 0.4))
+        self._system.in_background(self._replace(name, random.random() * longest_s))
 
     async def _replace(self, name: str, after_s: float) -> None:
         system = self._system
         await asyncio.sleep(after_s)
-        while self.is_away:
-            await self._returned.wait()
         if system.process(name) is None:
             if name in ROUTERS:
                 system.start_router(name)
@@ -410,5 +407,4 @@ class Caretaker:
     def _return(self) -> None:
         self._num_absences -= 1
         if not self.is_away:
-            self._returned.set()
             self.push()
