@@ -96,6 +96,7 @@ class Client:
             return Outcome.ROUTER_LOST
         self.router, self.request_id = desk.name, desk.router.new_request_id()
         self._output, self._finished, self._streaming_attempt, self._error = [], False, 0, None
+        self._system.network.outputs[self.request_id] = self._output
         self._system.log.note("ask", self.name, desk.name, self.request_id)
         unread = Unread(1, self.asked.max_unread_tokens)
         reader = self._reader = asyncio.ensure_future(self._read(desk, self.request_id, unread))

@@ -23,6 +23,7 @@ from pdserve.contract.messages import (
     Submit,
 )
 from pdserve.contract.ports import Call
+from pdserve.contract.tokens import unpack_tokens
 from pdserve.rpc.memory_rpc import Arrival, Leg, MemoryNetwork, MemoryRpc
 from pdserve.rpc.stream import BufferedStream
 from tests.simulation.events import EventLog
@@ -66,6 +67,8 @@ class SimulatedNetwork(MemoryNetwork):
         self.attempts: dict[RequestId, Attempt] = {}  # the newest of each request
         self.armed: list[Armed] = []
         self.before_event: Callable[[str], None] = lambda host: None
+        self.outputs: dict[RequestId, list[int]] = {}
+        """What each request's client has got so far."""
         self.incarnation_of: Callable[[str], Incarnation | None] = lambda host: None
         self.violated: Callable[[str], None] = lambda what: None
         self.cancelled: dict[Try, float] = {}
@@ -134,6 +137,11 @@ class SimulatedNetwork(MemoryNetwork):
     def _disturb(self) -> None:
         self.disturbed_at = asyncio.get_running_loop().time()
 
+    def _check_known_output(self, submit: Submit) -> None:
+        """A token that the client has is a fact for every later attempt."""
+        if unpack_tokens(submit.known_output_tokens) != self.outputs.get(submit.request_id, []):
+            self.violated(f"attempt {submit.attempt} of {submit.request_id} is not told what its client has")
+
     def _check_incarnation(self, leg: Leg, answering: Incarnation | None) -> None:
         meant_for = self._meant_for.get(leg.stream)
         if meant_for is not None and answering is not None and meant_for != answering:
@@ -191,6 +199,7 @@ class SimulatedNetwork(MemoryNetwork):
     def _learn(self, leg: Leg, message: Message) -> None:
         match message:
             case Submit():
+                self._check_known_output(message)
                 attempt = Attempt(message, leg.source, leg.target, leg.stream)
                 self.attempts[message.request_id] = attempt
                 self._numbered[leg.stream, message.number] = attempt

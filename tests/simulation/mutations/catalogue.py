@@ -95,16 +95,28 @@ MUTATIONS = (
             ),
         ),
     ),
-    _bug(
+    Mutation(
         "let a half-close count as an End",
-        "pdserve/handoff/receiving.py",
-        """                case End():
+        (
+            Edit(
+                "pdserve/rpc/stream.py",
+                "        message = await self._inbox.get()\n",
+                "        try:\n"
+                "            message = await self._inbox.get()\n"
+                "        except StreamBroken:\n"
+                "            message = End()\n",
+            ),
+            Edit(
+                "pdserve/handoff/receiving.py",
+                """                case End():
                     raise ProtocolViolation("the source ended the call before every segment was verified")
 """,
-        """                case End():
+                """                case End():
                     self._proven.set()
                     return
 """,
+            ),
+        ),
     ),
     _bug(
         "emit a token twice after a recovery",
@@ -189,12 +201,6 @@ MUTATIONS = (
         "            self._job.hold.block_ids[shipment.first_block : last]\n"
         "            if shipment.index not in self._digests\n"
         "            else self._job.hold.block_ids[: shipment.num_blocks],\n",
-    ),
-    _bug(
-        "nobody asks for a segment that never came",
-        "pdserve/handoff/receiving.py",
-        "                        if not self._proof.has(index):  # it never came\n",
-        "                        if index < 0:\n",
     ),
     _bug(
         "the window ignores acknowledgements",
