@@ -12,7 +12,7 @@ sender.close()                                     receiver.close()
 Rules that every transport keeps:
 
 - Only the owner writes its pool: the receiver copies into its own blocks itself, on its transfer thread.
-- The receiver digests what lies in its own pool afterwards, so a read that raced a change at the source
+- The receiver digests what it has written to its own pool, so a read that raced a change at the source
   fails verification instead of being believed.
 - When `send` or `receive` returns or raises, even cancelled, no local copy touches the blocks any more.
 - Segments are sent one at a time, and received one at a time in the order in which they were sent.
