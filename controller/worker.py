@@ -188,8 +188,8 @@ class Worker:
         looping = asyncio.create_task(self.loop.run())
         watching = asyncio.create_task(self._executor.watch())
         try:
-            ended, _ = await asyncio.wait({looping, watching}, return_when=asyncio.FIRST_COMPLETED)
-            self._failure = ended.pop().exception()
+            await asyncio.wait({looping, watching}, return_when=asyncio.FIRST_COMPLETED)
+            self._failure = (looping if looping.done() else watching).exception()
             self.state = WorkerState.STOPPED
             self._over.set()
             await server.stop(0.0)
@@ -200,6 +200,9 @@ class Worker:
             try:
                 await outlast(looping, watching)
             finally:
+                for task in (looping, watching):  # what fails after the first failure is no news
+                    if task.done() and not task.cancelled():
+                        task.exception()
                 await self.loop.over()
 
     def _make_loop(self, engine: Engine, clock: Clock, settings: WorkerSettings) -> Loop:
