@@ -266,6 +266,18 @@ def dashboards() -> tuple[Dashboard, ...]:
             "How often a router's index disagreed with a worker. Never, unless something is wrong.",
         ),
         Panel(
+            "Degraded",
+            "short",
+            (("{{instance}}", total("pdserve_router_degraded", "instance")),),
+            "1 while a whole pool is missing: nobody decodes, or decode workers compute the prompts, too.",
+        ),
+        Panel(
+            "Suspects",
+            "reqps",
+            (("suspects", rate("pdserve_router_suspects_total")),),
+            "Requests that were at two workers when they died, and ran alone from then on.",
+        ),
+        Panel(
             "Open client connections",
             "short",
             (("{{api}}", total("pdserve_api_open_requests", "api")),),
@@ -323,6 +335,15 @@ def dashboards() -> tuple[Dashboard, ...]:
             "reqps",
             (("{{outcome}}", rate("pdserve_prefill_calls_total", "outcome")),),
             "How the source's side of the hand-offs ended.",
+        ),
+        Panel(
+            "Stale messages",
+            "reqps",
+            (
+                ("workers {{kind}}", rate("pdserve_stale_messages_total", "kind") + " or vector(0)"),
+                ("routers {{kind}}", rate("pdserve_router_stale_messages_total", "kind") + " or vector(0)"),
+            ),
+            "Messages that came twice, too late or out of order and changed nothing.",
         ),
         Panel(
             "Refused calls",

@@ -46,6 +46,17 @@ def test_every_rule_is_about_metrics_that_exist() -> None:
         assert metrics_of(rule["expr"]) <= documented(), rule
 
 
+def test_every_documented_metric_but_those_of_rehearsals_is_on_a_dashboard_or_in_an_alert() -> None:
+    panels = [panel for board in make_dashboards.dashboards() for panel in board.panels]
+    shown = " ".join(
+        [expression for panel in panels for _, expression in panel.queries]
+        + [rule["expr"] for rule in rules()]
+    )
+    for name in documented():
+        base = re.sub("(_bucket|_sum|_count)$", "", name)
+        assert base in shown or name == "pdserve_faults_total", name
+
+
 def test_every_alert_has_a_paragraph_in_the_runbook() -> None:
     runbook = (ROOT / "docs" / "runbook.md").read_text()
     alerts = [rule for rule in rules() if "alert" in rule]
