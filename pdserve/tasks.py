@@ -105,13 +105,16 @@ class TaskScope:
 
 async def outlast(*tasks: asyncio.Task[Any]) -> None:
     """Wait until tasks have ended, however often the caller is cancelled meanwhile; that is raised then. What
-    the tasks raise is theirs."""
+    the tasks raise is dropped."""
     cancelled = False
     while pending := [task for task in tasks if not task.done()]:
         try:
             await asyncio.wait(pending)
         except asyncio.CancelledError:
             cancelled = True
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # looked at, so that nobody reports it as lost
     if cancelled:
         raise asyncio.CancelledError
 

@@ -24,6 +24,7 @@ from pdserve.contract.messages import (
 )
 from pdserve.contract.ports import Call
 from pdserve.contract.tokens import unpack_tokens
+from pdserve.handoff.transports.kv_streams import greet
 from pdserve.rpc.memory_rpc import Arrival, Leg, MemoryNetwork, MemoryRpc
 from pdserve.rpc.stream import BufferedStream
 from tests.simulation.events import EventLog
@@ -74,7 +75,7 @@ class SimulatedNetwork(MemoryNetwork):
         self.cancelled: dict[Try, float] = {}
         """When a Cancel was sent that nothing kept from arriving."""
         self.disturbed_at = 0.0
-        """When hosts or links were last tampered with."""
+        """Until when something may come late because hosts, links or messages were tampered with."""
         self.num_events = 0
         self._random = random
         self._latency_s = latency_s
@@ -135,7 +136,7 @@ class SimulatedNetwork(MemoryNetwork):
         ]
 
     def _disturb(self) -> None:
-        self.disturbed_at = asyncio.get_running_loop().time()
+        self.disturbed_at = max(self.disturbed_at, asyncio.get_running_loop().time())
 
     def _check_known_output(self, submit: Submit) -> None:
         """A token that the client has is a fact for every later attempt."""
@@ -161,7 +162,6 @@ class SimulatedNetwork(MemoryNetwork):
                 self.cancelled[Try(submit.request_id, submit.attempt)] = asyncio.get_running_loop().time()
             return (Arrival(delay_s, message),)
         self.armed.remove(armed)
-        self._disturb()
         self._log.note(armed.kind.upper(), f"#{leg.stream}", leg.call, leg.source, "->", leg.target, message)
         armed.struck(leg, message, armed.kind)
         return self._spoiled(armed.kind, message, delay_s)
@@ -174,6 +174,7 @@ class SimulatedNetwork(MemoryNetwork):
 
     def _spoiled(self, kind: str, message: Message, delay_s: float) -> Sequence[Arrival]:
         later_s = delay_s + self._random.choice((0.002, 0.02, 0.2))
+        self.disturbed_at = asyncio.get_running_loop().time() + later_s  # what comes in order waits for it
         match kind:
             case "drop":
                 return ()
@@ -215,7 +216,7 @@ class SimulatedNetwork(MemoryNetwork):
                 self._fetches[leg.stream] = Try(message.request_id, message.attempt)
             case Starting() if leg.stream in self._fetches:
                 self._check_incarnation(leg, self.incarnation_of(leg.source))
-                transfer = message.transport.transfer_id.encode()
+                transfer = greet(message.transport.name, message.transport.transfer_id.encode())
                 self._transfers[transfer] = self._fetches[leg.stream]
             case bytes() if leg.stream not in self._kv_streams and message in self._transfers:
                 self._kv_streams[leg.stream] = self._transfers[message]
