@@ -18,6 +18,9 @@ from tests.simulation.system import DECODE, PREFILL, ROUTERS, SimulatedSystem
 
 ROLE_HOSTS = {"router": ROUTERS, "decode": DECODE, "prefill": PREFILL}
 
+FAULT_LASTS_S = (0.004, 0.05, 0.4, 1.5)
+"""How long a host is frozen or two are cut off: less than a step, some steps, and more than peers wait."""
+
 _FETCHING = (Phase.WAITING, Phase.RECEIVING)
 
 
@@ -174,7 +177,7 @@ class Faults:
         if fault == "killed":
             system.kill(name)
         elif fault == "frozen":
-            seconds = self._random.choice((0.05, 0.4, 1.5))
+            seconds = self._random.choice(FAULT_LASTS_S)
             system.freeze(name, seconds, lambda: self._note_process(name, "resumed"))
         elif fault == "hung":
             system.hang(name)
@@ -188,7 +191,7 @@ class Faults:
 
     def _cut(self, one: str, other: str) -> None:
         self._note_cut(one, other, "cut off")
-        seconds = self._random.choice((0.05, 0.4, 1.5))
+        seconds = self._random.choice(FAULT_LASTS_S)
         self._system.cut(one, other, seconds, lambda: self._note_cut(one, other, "healed"))
 
     def _left(self, request_id: RequestId | None) -> bool:

@@ -157,14 +157,19 @@ class SimulatedNetwork(MemoryNetwork):
         armed = self._suitable(leg, message)
         if armed is None:
             self._log.note("send", f"#{leg.stream}", leg.call, leg.source, "->", leg.target, message)
-            if isinstance(message, Cancel) and (leg.stream, message.number) in self._numbered:
-                submit = self._numbered[leg.stream, message.number].submit
-                self.cancelled[Try(submit.request_id, submit.attempt)] = asyncio.get_running_loop().time()
+            if isinstance(message, Cancel) and not (self._cuts or self._frozen):
+                self._note_cancel(leg, message)
             return (Arrival(delay_s, message),)
         self.armed.remove(armed)
         self._log.note(armed.kind.upper(), f"#{leg.stream}", leg.call, leg.source, "->", leg.target, message)
         armed.struck(leg, message, armed.kind)
         return self._spoiled(armed.kind, message, delay_s)
+
+    def _note_cancel(self, leg: Leg, cancel: Cancel) -> None:
+        attempt = self._numbered.get((leg.stream, cancel.number))
+        if attempt is not None:
+            tried = Try(attempt.submit.request_id, attempt.submit.attempt)
+            self.cancelled[tried] = asyncio.get_running_loop().time()
 
     def _suitable(self, leg: Leg, message: Message) -> Armed | None:
         for armed in self.armed:
