@@ -24,7 +24,7 @@ check: $(VENV)/.installed-dev  ## everything that can be found wrong without run
 	$(BIN)/python tools/make_stubs.py --check
 	$(BIN)/python tools/make_metrics_docs.py --check
 	$(BIN)/python tools/make_config_docs.py --check
-	$(BIN)/python tools/make_faults_docs.py --check
+	$(BIN)/python -m tools.make_faults_docs --check
 	$(BIN)/python tools/make_dashboards.py --check
 
 format: $(VENV)/.installed-dev  ## rewrite the code in the project's form
@@ -37,7 +37,7 @@ proto: $(VENV)/.installed-dev  ## generate the stubs from proto/
 docs: $(VENV)/.installed-dev  ## generate the pages that follow from the code
 	$(BIN)/python tools/make_metrics_docs.py
 	$(BIN)/python tools/make_config_docs.py
-	$(BIN)/python tools/make_faults_docs.py
+	$(BIN)/python -m tools.make_faults_docs
 	$(BIN)/python tools/make_dashboards.py
 
 bench: $(VENV)/.installed-dev  ## the benchmarks in their short form
@@ -53,11 +53,11 @@ simulate-mutations: $(VENV)/.installed-dev  ## whether the simulation finds plan
 
 faults: $(VENV)/.installed-dev  ## every fault at every state of the real system; ARGS="--rounds 3"
 	$(BIN)/python -m tests.faults.matrix $(ARGS)
-	$(BIN)/python tools/make_faults_docs.py
+	$(BIN)/python -m tools.make_faults_docs
 
 soak: $(VENV)/.installed-dev  ## mixed load with faults for a long time; MINUTES=20
 	$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),20) $(ARGS)
-	$(BIN)/python tools/make_faults_docs.py
+	$(BIN)/python -m tools.make_faults_docs
 
 clean:  ## remove what the verbs above have made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,7 +1,7 @@
 """Generate docs/faults.md from the results of `make faults` and `make soak`.
 
-python tools/make_faults_docs.py            write it
-python tools/make_faults_docs.py --check    fail when the committed page is not what would be written
+python -m tools.make_faults_docs            write it
+python -m tools.make_faults_docs --check    fail when the committed page is not what would be written
 """
 
 import argparse
