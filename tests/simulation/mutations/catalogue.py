@@ -60,7 +60,7 @@ MUTATIONS = (
         "accept a stale attempt: submissions outlive their Session",
         "router/links.py",
         """        for number in list(self._submissions):
-            self._finish(number, SubmissionEnd(error))
+            self._finish(number, SubmissionEnd(error, lost_worker=True))
 """,
         "",
     ),
