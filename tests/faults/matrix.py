@@ -23,6 +23,7 @@ from benchmarks.conditions import conditions
 from tests.faults.cancels import Cancels, cancel
 from tests.faults.islands import why_not
 from tests.faults.network_cut import cut_while_under_way, system_on_islands
+from tests.faults.poison import poison, poisonable_system
 from tests.faults.rehearsal import Case, Rehearsal, Run, rehearsal
 from tests.faults.rows import cases
 from tests.ray_cluster import ROOT, private_pdserve
@@ -48,6 +49,9 @@ def main() -> int:
             save(options.output, runs)
     if not options.rows or "cut" in options.rows:
         runs += run_network_cut(options.rounds)
+    if not options.rows or "poison" in options.rows:
+        runs += run_poison(options.rounds)
+    save(options.output, runs)
     cancels = None
     if not options.rows or "client" in options.rows:
         cancels = run_cancels()
@@ -84,6 +88,16 @@ def run_network_cut(rounds: int) -> Iterator[Run]:
     with small_chat_model() as model, system_on_islands(model) as (system, cluster):
         for seed in range(rounds):
             run = asyncio.run(cut_while_under_way(system, cluster, seed))
+            _say(run)
+            yield run
+
+
+def run_poison(rounds: int) -> Iterator[Run]:
+    """On systems whose workers, replacements included, die of a token."""
+    with small_chat_model() as model:
+        for _ in range(rounds):
+            with poisonable_system(model) as system:
+                run = asyncio.run(poison(system))
             _say(run)
             yield run
 
