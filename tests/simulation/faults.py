@@ -44,6 +44,7 @@ class Faults:
         self._clients = clients
         self._coverage = coverage
         self._random = Random(system.random.getrandbits(64))
+        self._to_come = list(aims)
         self._waiting: list[Aim] = []  # for somebody in their state
         self._all_ended = False
         system.preempted = lambda request: self._note_request(request.submit.request_id, "preempted")
@@ -53,7 +54,9 @@ class Faults:
         system.network.before_event = self._before_event
 
     def strike_the_rest(self) -> None:
-        """When all requests have ended: what has found nobody meets anybody."""
+        """When all requests have ended: what has found nobody, or was to come later, meets anybody."""
+        for aim in list(self._to_come):
+            self._begin(aim)
         for aim in list(self._waiting):
             self._strike(aim, self._anybody(aim))
         self._all_ended = True
@@ -82,6 +85,9 @@ class Faults:
     # Waiting for the moment.
 
     def _begin(self, aim: Aim) -> None:
+        if aim not in self._to_come:
+            return  # all requests had ended before its time
+        self._to_come.remove(aim)
         if aim.at.event.endswith(MESSAGE_FAULTS):
             self._arm(aim)
             return
