@@ -174,7 +174,7 @@ async def test_the_model_s_own_end(
     tmp_path: Path, exact: PreTrainedModel, plain: list[list[int]], place: int
 ) -> None:
     """A model whose end token is one that its answer holds at `place`. As the first token it comes from the
-    prefill worker, and the last chunk of the prompt, here the only one, does not travel."""
+    prefill worker, and what has not left by then of the prompt's KV need not travel."""
     prompt, whole = PROMPTS[0], plain[0]
     end = whole[place]
     make_model("llama", tmp_path, seed=1, eos_token_id=end)
@@ -184,7 +184,7 @@ async def test_the_model_s_own_end(
         choice = await complete(system, prompt, {"temperature": 0})
         assert (ids_of(choice), choice.finish_reason) == (expected, "stop")
         num_moved = system.metric("decode-0", "kv_transfer_bytes_total", transport="shared_memory")
-        assert (num_moved > 0) == (len(expected) > 1)
+        assert num_moved > 0 or len(expected) == 1
         choice = await complete(system, prompt, {"temperature": 0, "ignore_eos": True})
         assert (ids_of(choice), choice.finish_reason) == (whole, "length")
         await system.at_rest()
