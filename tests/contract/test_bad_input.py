@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import math
 import random
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -375,14 +376,16 @@ async def test_a_submit_number_is_taken_once(system: AttackedSystem) -> None:
 
 
 async def test_an_attempt_is_served_once_at_a_time(system: AttackedSystem) -> None:
-    held = PrefillSource(WorkerId("nobody"), "127.0.0.1:1", Incarnation(1))
-    stream = await system.open_session()
-    await stream.send(system.submit(1, prefill=held))
-    await stream.send(system.submit(2, request_id=RequestId("attack-1"), prefill=None))
-    answer = await stream.receive()
-    assert isinstance(answer, Refused)
-    assert (answer.number, answer.error.code) == (2, ErrorCode.PROTOCOL)
-    stream.cancel()
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        held = PrefillSource(WorkerId("nobody"), address, Incarnation(1))
+        stream = await system.open_session()
+        await stream.send(system.submit(1, prefill=held))
+        await stream.send(system.submit(2, request_id=RequestId("attack-1"), prefill=None))
+        answer = await stream.receive()
+        assert isinstance(answer, Refused)
+        assert (answer.number, answer.error.code) == (2, ErrorCode.PROTOCOL)
+        stream.cancel()
 
 
 async def test_a_prefill_call_is_taken_once_at_a_time(system: AttackedSystem) -> None:

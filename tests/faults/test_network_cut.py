@@ -12,6 +12,7 @@ from tests.small_models import make_model
 from tests.small_tokenizers import save_chat_folder
 
 
+@pytest.mark.namespaces
 @pytest.mark.skipif(bool(why_not()), reason=why_not())
 def test_a_cut_link_costs_time_and_nothing_else(tmp_path: Path) -> None:
     torch.set_num_threads(1)

@@ -99,7 +99,7 @@ async def test_a_stop_string_across_tokens_ends_the_request_at_the_workers(
     assert answer.choices[0].text == text[: text.index(stop)]
     assert answer.choices[0].finish_reason == "stop"
     await system.at_rest()
-    assert system.metric("decode-0", "worker_requests_total", outcome="cancelled") == 1
+    assert system.metric("decode-0", "worker_requests_total", outcome="stop") == 1
     assert system.metric("decode-0", "generated_tokens_total") < 200  # of 400
 
 
