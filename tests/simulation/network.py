@@ -179,7 +179,8 @@ class SimulatedNetwork(MemoryNetwork):
 
     def _spoiled(self, kind: str, message: Message, delay_s: float) -> Sequence[Arrival]:
         later_s = delay_s + self._random.choice((0.002, 0.02, 0.2))
-        self.disturbed_at = asyncio.get_running_loop().time() + later_s  # what comes in order waits for it
+        # What comes in order waits for it, and may have waited for another one already.
+        self.disturbed_at = max(self.disturbed_at, asyncio.get_running_loop().time() + later_s)
         match kind:
             case "drop":
                 return ()
