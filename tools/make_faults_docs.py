@@ -79,7 +79,7 @@ def _row(row: str, all_runs: Sequence[Mapping[str, Any]]) -> str:
     rows = ("prefill killed", "decode killed") if row == "restarted" else (row,)
     runs = [run for run in all_runs if run["row"] in rows]
     if not runs:
-        return f"| {text} | not on the real system yet | | | | | |"
+        return f"| {text} | not in these results | | | | | |"
     pauses, wholes = ([run[key] for run in runs] for key in ("longest_pause_s", "whole_after_s"))
     cells = [text, str(len(runs)), _median_and_max(pauses), _median_and_max(wholes)]
     sums = [sum(run[key] for run in runs) for key in ("num_lost", "num_wrong_tokens", "num_leaked_blocks")]
@@ -142,7 +142,7 @@ def _conditions(results: Mapping[str, Any]) -> str:
     found = results["conditions"]
     return (
         f"Commit {found['commit'][:7]}, {found['measured_at'][:10]}, {found['hardware']['cores']} cores of "
-        f"{found['hardware']['cpu']}; `{found['command'].strip()}`."
+        f"{found['hardware']['cpu']}; `{found['command'].strip()}`. {found.get('note', '')}".rstrip()
     )
 
 
