@@ -24,7 +24,8 @@ class ControllerActor:
     """`Controller` as a Ray actor."""
 
     def __init__(self, deployment: Deployment) -> None:
-        set_up_logging("controller", deployment.config.logs.level)
+        logs = deployment.config.logs
+        set_up_logging("controller", logs.level, logs.format)
         own_handle = ray.get_runtime_context().current_actor
         self._page = DiscoveryPage(deployment)
         self._page.serve()

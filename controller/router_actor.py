@@ -31,7 +31,8 @@ class RouterActor:
 
     def __init__(self, plan: ProcessPlan, controller: Any) -> None:
         """`controller` is the handle of the controller's actor; a router tells it nothing on its own."""
-        set_up_logging(plan.spec.id, plan.deployment.config.logs.level)
+        logs = plan.deployment.config.logs
+        set_up_logging(plan.spec.id, logs.level, logs.format)
         self._plan = plan
         self._faults = allowed_faults(plan)
         self._front: RouterFront | None = None

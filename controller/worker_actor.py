@@ -48,7 +48,8 @@ class WorkerActor:
 
     def __init__(self, plan: ProcessPlan, controller: Any) -> None:
         """`controller` is the handle of the controller's actor."""
-        set_up_logging(plan.spec.id, plan.deployment.config.logs.level)
+        logs = plan.deployment.config.logs
+        set_up_logging(plan.spec.id, logs.level, logs.format)
         self._plan = plan
         self._controller = controller
         self._faults = allowed_faults(plan)

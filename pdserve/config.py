@@ -345,7 +345,9 @@ class LogsConfig(_Section):
     """What processes write to their logs (in Ray's session folder)."""
 
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    """The least that is written."""
+    """The least that is written. At INFO every request leaves a line when it ends."""
+    format: Literal["text", "json"] = "text"
+    """`text` for people, `json` for programs: one object per line."""
 
 
 class FaultConfig(_Section):
