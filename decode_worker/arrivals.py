@@ -179,7 +179,7 @@ class _Arrival:
             return
         if request.prefill_samples and request.num_tokens == request.num_to_prefill:
             raise ProtocolViolation("the source sealed the KV without a first token")
-        request.timings = _timings(request, stats)
+        request.timings = replace(_timings(request, stats), transfer_is_whole=True)
         request.computed(request.num_to_prefill)
         request.start_decoding()
         self._wake()
@@ -194,6 +194,7 @@ def _timings(request: DecodeRequest, stats: FetchStats) -> RequestTimings:
         transfer_s=stats.transfer_s,
         transfer_bytes=stats.transfer_bytes,
         transport=stats.transport,
+        transport_reason=stats.transport_reason,
         transfer_hidden_s=stats.transfer_hidden_s,
         transfer_exposed_s=stats.transfer_exposed_s,
     )

@@ -96,7 +96,7 @@ class Isolation:
 
     def _begin(self, suspect: DecodeRequest) -> None:
         if self._room.reserve(suspect):
-            suspect.move(Phase.PREFILLING)
+            suspect.start_prefill(self._clock.now())
             self._next_at = self._clock.now() + ALONE_S
         else:  # the blocks of those who have ended come when nothing touches them any more
             self._next_at = self._clock.now() + NOTICE_S

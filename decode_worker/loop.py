@@ -250,7 +250,7 @@ class DecodeLoop:
             if request.submit.prefill is None:
                 if not self._room.reserve(request):
                     break
-                request.move(Phase.PREFILLING)
+                request.start_prefill(self._clock.now())
         if not self._calls.num_tokens_in_line:
             self._calls.start_next(self._ledger)
 
@@ -317,7 +317,7 @@ class DecodeLoop:
             return
         request.computed(stop)
         if request.phase is Phase.PREFILLING and stop == request.num_to_prefill:
-            request.start_decoding()
+            request.end_prefill(self._clock.now())
         if sampled is not None:
             self._metrics.generated_tokens.inc()
             self._emit(request, sampled)
@@ -357,8 +357,7 @@ class DecodeLoop:
         request.append(sampled, self._info.eos_token_ids)
         logprobs: tuple[TokenLogprobs, ...] = (sampled.logprobs,) if sampled.logprobs else ()
         event = TokenEvent(request.number, index, pack_tokens((sampled.token,)), logprobs, request.finish)
-        is_first = index == request.num_known_output
-        request.sink.emit(event, request.timings if is_first or request.finish else None)
+        request.sink.emit(event, request.news() or (request.timings if request.finish else None))
         if request.finish is not None:
             self._end(request, request.finish.value)
 

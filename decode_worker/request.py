@@ -1,6 +1,7 @@
 """One submission at a decode worker: few facts, the rest derived."""
 
 import asyncio
+from dataclasses import replace
 from enum import StrEnum
 from typing import Protocol
 
@@ -82,6 +83,8 @@ class DecodeRequest:
         self.num_computed = 0
         self.finish: FinishReason | None = None
         self.timings = RequestTimings()
+        self._told: RequestTimings | None = None
+        self._prefill_began_at = now
         self.fetch: asyncio.Task[None] | None = None
         self._block_size = block_size
         # Exactness: known output tokens are computed in the shape in which they were computed first.
@@ -136,6 +139,17 @@ class DecodeRequest:
         assert (self.phase, to) in _LEGAL_MOVES, f"a request cannot go from {self.phase} to {to}"
         self.phase = to
 
+    def start_prefill(self, now: float) -> None:
+        """The whole prompt is reserved: this worker computes it."""
+        self.move(Phase.PREFILLING)
+        self.timings = replace(self.timings, queue_s=now - self.arrived_at)
+        self._prefill_began_at = now
+
+    def end_prefill(self, now: float) -> None:
+        """This worker has computed the prompt."""
+        self.timings = replace(self.timings, prefill_s=now - self._prefill_began_at)
+        self.start_decoding()
+
     def start_decoding(self) -> None:
         """All KV of the prompt is here: join the running batch."""
         self.move(Phase.DECODING)
@@ -182,6 +196,13 @@ class DecodeRequest:
         """KV for all tokens before `stop` is in the pool: name the full blocks."""
         self.num_computed = stop
         self.hold.publish(self.root, self.tokens, stop)
+
+    def news(self) -> RequestTimings | None:
+        """The timings, when they have changed since this was asked last."""
+        if self.timings is self._told:
+            return None
+        self._told = self.timings
+        return self.timings
 
     def append(self, sampled: SampledToken, eos_token_ids: tuple[int, ...]) -> None:
         """The next output token."""

@@ -22,6 +22,9 @@ class LoopClock:
     def now(self) -> float:
         return time.monotonic()  # not loop.time(): uvloop's stands still within one pass, in milliseconds
 
+    def unix_time(self) -> float:
+        return time.time()
+
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
 
@@ -37,6 +40,9 @@ class VirtualClock(LoopClock):
         if not isinstance(loop, _VirtualLoop):
             raise RuntimeError("VirtualClock needs run_virtual()")
         return loop.time()
+
+    def unix_time(self) -> float:
+        return self.now()
 
 
 class SystemRng:

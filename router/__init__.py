@@ -9,6 +9,7 @@ The life of a request here:
 4. `links` submits it on the decode worker's Session; events come back on the submission's queue.
 5. A failed attempt goes back to 3 with the output tokens that the client has already been given.
 6. Tokens go back the same way; `text` turns them into text and finds stop strings.
+7. What it went through is kept as a report (`request_reports`), and told in one line of the log.
 
 The router holds no KV and loads no model: neither torch nor the engine is imported here.
 """

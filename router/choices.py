@@ -7,9 +7,9 @@ everywhere.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pdserve.contract.errors import ClientTooSlow, DeadlineExceeded, StreamBroken
 from pdserve.contract.ids import RequestId
@@ -21,6 +21,7 @@ from pdserve.contract.work import TokenLogprobs
 from pdserve.tasks import task_scope
 from router.detokenize import CONTEXT_TOKENS, OutputText
 from router.intake import ChoiceJob, Job
+from router.request_reports import Origin, RequestReport
 from router.requests import Closing, Desk, OutputDelta
 from router.text import TextModel
 from router.unread import Unread
@@ -38,6 +39,8 @@ class ChoicePiece:
     """Where each token starts in the choice's text; with `logprobs`."""
     finish: FinishReason | None = None
     timings: RequestTimings | None = None
+    report: RequestReport | None = None
+    """With `finish`, where the job asks for timings and the request has not been forgotten."""
 
 
 @asynccontextmanager
@@ -45,12 +48,13 @@ async def running_job(
     desk: Desk,
     job: Job,
     request_ids: Sequence[RequestId],
+    origin: Origin,
     text_model: TextModel,
     max_unread_tokens: int,
     clock: Clock,
 ) -> AsyncIterator[AsyncGenerator[ChoicePiece, None]]:
     """The pieces of all choices of a job, which run side by side; each choice ends with a piece that has
-    `finish`.
+    `finish`. `origin` is that of the first choice.
 
     Reading them raises the first error of any choice. The block is interrupted, wherever it waits, with
     DeadlineExceeded when the job's deadline passes and with ClientTooSlow when more than `max_unread_tokens`
@@ -61,14 +65,25 @@ async def running_job(
     closings = [Closing() for _ in job.choices]
     async with task_scope() as tasks:
         readers = [
-            tasks.create_task(_read(desk, request_id, choice, unread, closings))
+            tasks.create_task(_read(desk, request_id, _with_origin(choice, origin), unread, closings))
             for request_id, choice in zip(request_ids, job.choices, strict=True)
         ]
         deadline = tasks.create_task(_keep_deadline(job.deadline_s, started_at, clock, readers))
-        async with aclosing(_pieces(job, unread, readers, closings, text_model)) as pieces:
+        last_words = _last_words(desk, request_ids) if job.timings else None
+        async with aclosing(_pieces(job, unread, readers, closings, text_model, last_words)) as pieces:
             yield pieces
         for task in (deadline, *readers):
             task.cancel()
+
+
+def _with_origin(choice: ChoiceJob, origin: Origin) -> ChoiceJob:
+    request = replace(choice.request, origin=replace(origin, choice=choice.index))
+    return replace(choice, request=request)
+
+
+def _last_words(desk: Desk, request_ids: Sequence[RequestId]) -> Callable[[ChoicePiece], ChoicePiece]:
+    """Adds the request's report to a choice's last piece."""
+    return lambda piece: replace(piece, report=desk.report(request_ids[piece.index]))
 
 
 async def _read(
@@ -122,6 +137,7 @@ async def _pieces(
     readers: Sequence["asyncio.Task[None]"],
     closings: Sequence[Closing],
     text_model: TextModel,
+    last_words: Callable[[ChoicePiece], ChoicePiece] | None,
 ) -> AsyncGenerator[ChoicePiece, None]:
     outputs = [_choice_text(choice, text_model) for choice in job.choices]
     stopped: set[int] = set()
@@ -134,6 +150,7 @@ async def _pieces(
             stopped.add(index)
             closings[index].reason = CancelReason.STOP_STRING
             readers[index].cancel()  # after a stop string the work behind it goes on
+            piece = piece if last_words is None else last_words(piece)
         yield piece
 
 

@@ -36,6 +36,7 @@ from router.listen import bind, why_not
 from router.openai_answers import Usage
 from router.openai_errors import CLIENT_GONE_STATUS, error_status
 from router.openai_schema import ChatBody
+from router.request_reports import Origin
 from router.requests import Desk
 from router.text import TextModel
 
@@ -223,8 +224,9 @@ class _Generation(pb_grpc.GenerationServicer):
         self, job: Job, request_ids: list[RequestId]
     ) -> AbstractAsyncContextManager[AsyncGenerator[ChoicePiece, None]]:
         limits = self._settings.limits
+        origin = Origin(API, job.model, request_ids[0])
         return running_job(
-            self._desk, job, request_ids, self._text_model, limits.max_unread_tokens, self._clock
+            self._desk, job, request_ids, origin, self._text_model, limits.max_unread_tokens, self._clock
         )
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from google.protobuf.json_format import ParseDict
+
 from pdserve.api.v1 import generate_pb2 as pb
 from pdserve.contract.sampling import FinishReason
 from pdserve.contract.tokens import unpack_tokens
@@ -11,6 +13,8 @@ from router.choices import ChoicePiece
 from router.intake import Job
 from router.openai_answers import Usage, echoed_text
 from router.openai_schema import ChatBody, CompletionBody, parse_fields
+from router.report_json import timings_json
+from router.request_reports import RequestReport
 from router.text import TextModel
 
 _FINISH = {
@@ -18,7 +22,7 @@ _FINISH = {
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
     None: pb.FINISH_REASON_UNSPECIFIED,
 }
-_SAME_FIELDS = ("model", "n", "max_tokens", "echo", "return_token_ids", "priority")
+_SAME_FIELDS = ("model", "n", "max_tokens", "echo", "return_token_ids", "priority", "timings")
 
 
 def body_from(request: pb.GenerateRequest) -> CompletionBody | ChatBody:
@@ -47,6 +51,7 @@ def choice_from(piece: ChoicePiece, job: Job, text_model: TextModel, *, first: b
         finish_reason=_FINISH[piece.finish],
         token_ids=unpack_tokens(piece.tokens) if job.return_token_ids else (),
         logprobs=_logprobs(piece, text_model),
+        timings=None if piece.report is None else timings_from(piece.report),
     )
 
 
@@ -54,6 +59,8 @@ def joined_choice(parts: Sequence[pb.Choice]) -> pb.Choice:
     """All that came of one choice as one message."""
     whole = pb.Choice(index=parts[0].index, finish_reason=parts[-1].finish_reason)
     whole.text = "".join(part.text for part in parts)
+    if parts[-1].HasField("timings"):
+        whole.timings.CopyFrom(parts[-1].timings)
     for part in parts:
         whole.token_ids.extend(part.token_ids)
         whole.logprobs.extend(part.logprobs)
@@ -72,6 +79,11 @@ def usage_from(usage: Usage) -> pb.Usage:
         completion_tokens=usage.num_output_tokens,
         cached_tokens=usage.num_cached_tokens,
     )
+
+
+def timings_from(report: RequestReport) -> pb.Timings:
+    """The same as the HTTP API's `timings`."""
+    return ParseDict(timings_json(report), pb.Timings())
 
 
 def prompt_ids_from(job: Job) -> list[int]:

@@ -28,6 +28,7 @@ from router.intake import Intake, Job
 from router.openai_answers import AnswerHead, Usage, chat_answer, completion_answer
 from router.openai_errors import CLIENT_GONE_STATUS, error_answer
 from router.openai_schema import ChatBody, CompletionBody, parse_json
+from router.request_reports import Origin
 from router.requests import Desk
 from router.sse import ChatEvents, CompletionEvents
 from router.text import TextModel
@@ -135,7 +136,7 @@ class GenerateEndpoint:
         events = (ChatEvents if self._api == CHAT else CompletionEvents)(job, head, self._text_model)
         usage = Usage(job)
         begun: set[int] = set()
-        async with self._running(job, request_ids) as pieces:
+        async with self._running(job, request_ids, head, reply) as pieces:
             async for piece in pieces:
                 usage.add(piece)
                 text = events.piece(piece)
@@ -150,16 +151,17 @@ class GenerateEndpoint:
         self, job: Job, head: AnswerHead, request_ids: list[RequestId], reply: HttpReply
     ) -> None:
         answer = chat_answer if self._api == CHAT else completion_answer
-        async with self._running(job, request_ids) as pieces:
+        async with self._running(job, request_ids, head, reply) as pieces:
             body = await answer(pieces, job, head, self._text_model)
             await reply.json(200, body)
 
     def _running(
-        self, job: Job, request_ids: list[RequestId]
+        self, job: Job, request_ids: list[RequestId], head: AnswerHead, reply: HttpReply
     ) -> AbstractAsyncContextManager[AsyncGenerator[ChoicePiece, None]]:
         limits = self._settings.limits
+        origin = Origin(self._api, job.model, head.answer_id, client_request_id=reply.client_request_id)
         return running_job(
-            self._desk, job, request_ids, self._text_model, limits.max_unread_tokens, self._clock
+            self._desk, job, request_ids, origin, self._text_model, limits.max_unread_tokens, self._clock
         )
 
 

@@ -26,7 +26,8 @@ class HttpReply:
         """`request_id` is what the client called its request."""
         self._scope = scope
         self._send = send
-        self._request_id = request_id
+        self.client_request_id = (request_id or "")[:_MAX_ECHOED_ID]
+        """What the client called its request, as it is sent back."""
         self._streaming = False
         self.default_request_id = ""
         """Used when the client sent none."""
@@ -69,7 +70,7 @@ class HttpReply:
         self._scope["extensions"][ABORT]["abort"]()
 
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        request_id = (self._request_id or self.default_request_id)[:_MAX_ECHOED_ID]
+        request_id = self.client_request_id or self.default_request_id
         if request_id:
             headers = [*headers, (b"x-request-id", request_id.encode("latin-1"))]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})

@@ -47,6 +47,8 @@ class Job:
     stream: bool
     include_usage: bool
     return_token_ids: bool
+    timings: bool
+    """The answer tells how each choice went."""
     logprobs: int | None
     echo: bool = False
 
@@ -132,6 +134,7 @@ class Intake:
             stream=given_or(body.stream, False),
             include_usage=_read_include_usage(body),
             return_token_ids=given_or(body.return_token_ids, False),
+            timings=given_or(body.timings, False),
             logprobs=output.logprobs,
             echo=output.echo,
         )

@@ -12,7 +12,7 @@ everything that hangs below it in the call tree.
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pdserve.contract.block_names import ChainRoot, name_blocks
 from pdserve.contract.errors import (
@@ -25,11 +25,10 @@ from pdserve.contract.errors import (
     Unavailable,
     error_from_info,
 )
-from pdserve.contract.ids import BlockHash, RequestId, SubmitNumber, WorkerId
+from pdserve.contract.ids import RequestId, SubmitNumber, WorkerId
 from pdserve.contract.messages import (
     CancelReason,
     PrefillSource,
-    RequestTimings,
     Role,
     Submit,
     TokenEvent,
@@ -43,6 +42,9 @@ from router.bounds import check_length
 from router.fleet import Booked, Fate, Fleet, Identity, WorkerView
 from router.links import Links, Submission, SubmissionEnd, SubmissionTokens
 from router.placement import Candidate, Placement, choose
+from router.progress import Attempt, Progress
+from router.report_json import log_fields
+from router.request_reports import RequestReports
 from router.requests import Closing, GenerateRequest, OutputDelta
 
 log = logging.getLogger(__name__)
@@ -62,49 +64,6 @@ class JourneySettings:
     """Before placing again what a worker has refused."""
 
 
-@dataclass(slots=True, eq=False)
-class Progress:
-    """How far one request is."""
-
-    request_id: RequestId
-    request: GenerateRequest
-    seed: int
-    admitted_at: float
-    deadline_at: float | None
-    closing: Closing
-    names: list[BlockHash] = field(default_factory=list)  # of the prompt's full blocks
-    output: bytearray = field(default_factory=bytearray)  # tokens that the client has
-    attempt: int = 0
-    fruitless_attempts: int = 0
-    lost: set[Identity] = field(default_factory=set)
-    """Workers that were lost while they had it."""
-    lost_alone: Identity | None = None
-    """One that was lost while it served nothing else."""
-    is_suspect: bool = False
-    last_token_at: float | None = None
-    second_token_s: float | None = None  # from admission
-    timings: RequestTimings | None = None  # of the last attempt that told any
-
-    @property
-    def num_prompt(self) -> int:
-        return num_tokens(self.request.prompt_tokens)
-
-    @property
-    def num_output(self) -> int:
-        """Output tokens that the client has."""
-        return num_tokens(self.output)
-
-    @property
-    def num_known(self) -> int:
-        """Prompt and output so far."""
-        return self.num_prompt + self.num_output
-
-    @property
-    def most_tokens(self) -> int:
-        """Prompt and output when the request runs to max_tokens."""
-        return self.num_prompt + self.request.sampling.max_tokens
-
-
 class Journey:
     """Serves requests on the workers of a fleet."""
 
@@ -116,6 +75,7 @@ class Journey:
         clock: Clock,
         rng: Rng,
         metrics: RouterMetrics,
+        reports: RequestReports,
         settings: JourneySettings,
     ) -> None:
         self._fleet = fleet
@@ -124,6 +84,7 @@ class Journey:
         self._clock = clock
         self._rng = rng
         self._metrics = metrics
+        self._reports = reports
         self._settings = settings
         self._num_placed = 0
         self._live: set[Progress] = set()
@@ -142,7 +103,7 @@ class Journey:
                         outcome = delta.finish.value
                     yield delta
         except PdserveError as error:
-            outcome = error.info.code.value
+            outcome, progress.error = error.info.code.value, error.info
             raise
         finally:
             self._leave(progress, outcome or progress.closing.reason.value)
@@ -156,26 +117,26 @@ class Journey:
             request_id=request_id,
             request=request,
             seed=self._rng.random_bits(63) if request.seed is None else request.seed,
+            arrived_at=self._clock.unix_time(),
             admitted_at=now,
             deadline_at=None if request.deadline_s is None else now + request.deadline_s,
             closing=closing,
         )
         self._live.add(progress)
+        self._reports.begin(progress)
         return progress
 
     def _leave(self, progress: Progress, outcome: str) -> None:
+        progress.outcome, progress.ended_at = outcome, self._clock.now()
         self._live.discard(progress)
         self._admission.leave(progress.num_prompt)
         self._metrics.running_requests.dec()
-        self._metrics.end_to_end.observe(self._clock.now() - progress.admitted_at)
+        self._metrics.end_to_end.observe(progress.ended_at - progress.admitted_at)
         self._metrics.count_end(outcome)
-        log.debug(
-            "%s ended (%s): second token after %s s, %s",
-            progress.request_id,
-            outcome,
-            progress.second_token_s,
-            progress.timings,
-        )
+        report = progress.report()
+        self._reports.end(report)
+        if log.isEnabledFor(logging.INFO):
+            log.info("request ended", extra={"fields": log_fields(report)})
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless admission and the workers' books add up to the live requests."""
@@ -194,15 +155,19 @@ class Journey:
         """Place and try until the output is finished."""
         while True:
             placement = await self._place(progress)
+            attempt = progress.next_attempt(placement, self._clock.now())
             try:
-                async with aclosing(self._attempt(progress, placement)) as deltas:
+                async with aclosing(self._attempt(progress, attempt)) as deltas:
                     async for delta in deltas:
                         progress.fruitless_attempts = 0
                         yield delta
                         if delta.finish is not None:
                             return
             except PdserveError as error:
+                attempt.ended(error.info.code.value, self._clock.now(), error.info.message)
                 await self._recover(progress, error.info)
+            finally:
+                attempt.ended(progress.closing.reason.value, self._clock.now())
 
     async def _recover(self, progress: Progress, error: ErrorInfo) -> None:
         """Return if the request may be placed again; raise what the client is to see otherwise."""
@@ -211,7 +176,10 @@ class Journey:
         if not error.retryable or progress.fruitless_attempts >= self._settings.max_fruitless_attempts:
             raise error_from_info(error)
         self._metrics.count_recovery(error.code)
-        log.info("%s attempt %d: %s; placing it again", progress.request_id, progress.attempt, error.message)
+        progress.recoveries[error.code.value] += 1
+        log.info(
+            "%s attempt %d: %s; placing it again", progress.request_id, progress.num_attempts, error.message
+        )
         if error.code in (ErrorCode.OVERLOADED, ErrorCode.UNAVAILABLE, ErrorCode.PREEMPTED):
             await self._clock.sleep(self._settings.refusal_pause_s)
 
@@ -271,11 +239,11 @@ class Journey:
     ) -> list[Candidate]:
         return self._fleet.candidates(progress.names, info.block_size, roles, num)
 
-    async def _attempt(self, progress: Progress, placement: Placement) -> AsyncGenerator[OutputDelta, None]:
+    async def _attempt(self, progress: Progress, attempt: Attempt) -> AsyncGenerator[OutputDelta, None]:
         """One attempt: yields new tokens; raises the error that ended it before the output was finished."""
-        progress.attempt += 1
+        placement = attempt.placement
         self._metrics.attempts.inc()
-        log.debug("%s attempt %d: %s", progress.request_id, progress.attempt, placement.reason)
+        log.debug("%s attempt %d: %s", progress.request_id, attempt.number, placement.reason)
         submission = self._links[placement.decode].submit(
             lambda number: self._submit(number, progress, placement)
         )
@@ -292,7 +260,7 @@ class Journey:
                 booking.prefill_is_done()
                 new = self._unseen(progress, event.event)
                 if new is not None:
-                    self._observe(progress, event)
+                    self._observe(progress, attempt, event)
                     progress.output += new.tokens
                     yield OutputDelta(new.tokens, new.logprobs, new.finish, event.timings)
                     if new.finish is not None:
@@ -309,7 +277,7 @@ class Journey:
         return Submit(
             number=number,
             request_id=progress.request_id,
-            attempt=progress.attempt,
+            attempt=progress.num_attempts,
             prompt_tokens=request.prompt_tokens,
             known_output_tokens=bytes(progress.output),
             sampling=request.sampling,
@@ -383,18 +351,19 @@ class Journey:
         else:
             self._fleet.pair_failed(placement.prefill, placement.decode, self._clock.now())
 
-    def _observe(self, progress: Progress, tokens: SubmissionTokens) -> None:
+    def _observe(self, progress: Progress, attempt: Attempt, tokens: SubmissionTokens) -> None:
         """Times are those of arrival here: how fast the client reads does not count."""
         num = num_tokens(tokens.event.tokens)
         if progress.last_token_at is None:
+            progress.first_token_at = tokens.arrived_at
             self._metrics.time_to_first_token.observe(tokens.arrived_at - progress.admitted_at)
         else:
             self._metrics.observe_inter_token(tokens.arrived_at - progress.last_token_at, num)
         if num_tokens(progress.output) < 2 <= num_tokens(progress.output) + num:
-            progress.second_token_s = tokens.arrived_at - progress.admitted_at
-            self._metrics.time_to_second_token.observe(progress.second_token_s)
+            progress.second_token_at = tokens.arrived_at
+            self._metrics.time_to_second_token.observe(tokens.arrived_at - progress.admitted_at)
         progress.last_token_at = tokens.arrived_at
-        progress.timings = tokens.timings or progress.timings
+        attempt.note(tokens)
         self._metrics.output_tokens.inc(num)
 
     def _counted_as_waiting(self, progress: Progress) -> "_Waiting":

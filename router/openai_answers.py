@@ -10,6 +10,7 @@ from pdserve.contract.tokens import num_tokens, unpack_tokens
 from router.choices import ChoicePiece
 from router.intake import ChoiceJob, Job
 from router.openai_logprobs import chat_logprobs, completion_logprobs, joined_completion_logprobs
+from router.report_json import timings_json
 from router.text import TextModel
 
 
@@ -80,6 +81,14 @@ def echoed_text(choice: ChoiceJob, text_model: TextModel) -> str:
     return text_model.decode(prompt.tokens) if prompt.text is None else prompt.text
 
 
+def choice_timings(piece: ChoicePiece, job: Job) -> dict[str, Any]:
+    """What a choice's last piece adds to it, where the client asked for timings; null when the router has
+    forgotten them since."""
+    if not job.timings or piece.finish is None:
+        return {}
+    return {"timings": None if piece.report is None else timings_json(piece.report)}
+
+
 @dataclass(slots=True)
 class _WholeChoice:
     choice: ChoiceJob
@@ -121,7 +130,7 @@ def _completion_choice(whole: _WholeChoice, job: Job, text_model: TextModel) -> 
     if job.return_token_ids:
         choice["prompt_token_ids"] = unpack_tokens(whole.choice.prompt.tokens)
         choice["token_ids"] = whole.token_ids
-    return choice
+    return choice | choice_timings(whole.pieces[-1], job)
 
 
 def _chat_choice(whole: _WholeChoice, job: Job, text_model: TextModel) -> dict[str, Any]:
@@ -136,7 +145,7 @@ def _chat_choice(whole: _WholeChoice, job: Job, text_model: TextModel) -> dict[s
         choice["logprobs"] = {"content": entries, "refusal": None}
     if job.return_token_ids:
         choice["token_ids"] = whole.token_ids
-    return choice
+    return choice | choice_timings(whole.pieces[-1], job)
 
 
 def _body(kind: str, head: AnswerHead, choices: list[dict[str, Any]], usage: Usage) -> dict[str, Any]:

@@ -95,6 +95,7 @@ class SamplingBody(_Body):
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     return_token_ids: bool | None = None
+    timings: bool | None = None
     priority: int | None = None
 
 

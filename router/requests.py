@@ -9,6 +9,7 @@ from pdserve.contract.messages import CancelReason, RequestTimings
 from pdserve.contract.sampling import FinishReason, SamplingParams
 from pdserve.contract.tokens import TokenBytes
 from pdserve.contract.work import ModelInfo, TokenLogprobs
+from router.request_reports import Origin, RequestReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,8 @@ class GenerateRequest:
     """Remaining time at arrival."""
     priority: int = 0
     cache_salt: str = ""
+    origin: Origin = field(default_factory=Origin)
+    """Told in its report."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,8 @@ class OutputDelta:
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish: FinishReason | None = None
     timings: RequestTimings | None = None
-    """With the first delta of each attempt, as far as it is known then, and with the last, complete."""
+    """With the first delta of each attempt, as far as it is known then, whenever more is known, and with the
+    last."""
 
 
 @dataclass(slots=True)
@@ -68,4 +72,8 @@ class Desk(Protocol):
         self, request_id: RequestId, request: GenerateRequest, closing: Closing | None = None
     ) -> AsyncGenerator[OutputDelta, None]:
         """Serve one request. Closing the generator cancels it everywhere. Raises PdserveError subclasses."""
+        ...
+
+    def report(self, request_id: RequestId) -> RequestReport | None:
+        """How a request went, or how far it is; None when it has been forgotten."""
         ...

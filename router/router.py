@@ -14,6 +14,7 @@ from router.admission import Admission, AdmissionLimits
 from router.fleet import Fleet
 from router.journey import Journey, JourneySettings
 from router.links import Links, LinkSettings, RouterIdentity
+from router.request_reports import RequestReport, RequestReports
 from router.requests import Closing, GenerateRequest, OutputDelta, Readiness
 
 
@@ -37,8 +38,16 @@ class Router:
         self.metrics = RouterMetrics(self.registry)
         self.fleet = Fleet()
         self._links = Links(self.identity, self.fleet, rpc, clock, self.metrics, settings.links)
+        self.reports = RequestReports()
         self._journey = Journey(
-            self.fleet, self._links, Admission(settings.admission), clock, rng, self.metrics, settings.journey
+            self.fleet,
+            self._links,
+            Admission(settings.admission),
+            clock,
+            rng,
+            self.metrics,
+            self.reports,
+            settings.journey,
         )
         self._num_requests = 0
         self.metrics.follow_index_mismatches(lambda: self.fleet.num_index_mismatches)
@@ -70,6 +79,9 @@ class Router:
         self, request_id: RequestId, request: GenerateRequest, closing: Closing | None = None
     ) -> AsyncGenerator[OutputDelta, None]:
         return self._journey.generate(request_id, request, closing)
+
+    def report(self, request_id: RequestId) -> RequestReport | None:
+        return self.reports.find(request_id)
 
     def owners(self) -> dict[str, Callable[[], None]]:
         """Who owns something here, and how each checks itself (AssertionError when something is off)."""

@@ -12,7 +12,7 @@ from typing import Any
 from pdserve.contract.tokens import TokenBytes, unpack_tokens
 from router.choices import ChoicePiece
 from router.intake import ChoiceJob, Job
-from router.openai_answers import AnswerHead, Usage, echoed_text
+from router.openai_answers import AnswerHead, Usage, choice_timings, echoed_text
 from router.openai_logprobs import chat_logprobs, completion_logprobs
 from router.text import TextModel
 
@@ -47,7 +47,7 @@ class CompletionEvents:
             shift = len(self._echoes[piece.index])
             logprobs = json.dumps(completion_logprobs(piece, shift, self._text_model))
         content = f'"text":{escape(piece.text)},"logprobs":{logprobs}'
-        return self._frame.event(piece.index, content, _output_ids(piece, self._job), piece.finish)
+        return self._frame.event(piece.index, content, _in_choice(piece, self._job), piece.finish)
 
     def usage(self, usage: Usage) -> str:
         """The last event before the end, when the client asked for it."""
@@ -77,7 +77,7 @@ class ChatEvents:
             logprobs = json.dumps({"content": chat_logprobs(piece, self._text_model), "refusal": None})
         delta = f'{{"content":{escape(piece.text)}}}' if piece.text else "{}"
         content = f'"delta":{delta},"logprobs":{logprobs}'
-        return self._frame.event(piece.index, content, _output_ids(piece, self._job), piece.finish)
+        return self._frame.event(piece.index, content, _in_choice(piece, self._job), piece.finish)
 
     def usage(self, usage: Usage) -> str:
         """The last event before the end, when the client asked for it."""
@@ -124,8 +124,11 @@ def _is_silent(piece: ChoicePiece, job: Job) -> bool:
     return not piece.text and piece.finish is None and not (wants_tokens and piece.tokens)
 
 
-def _output_ids(piece: ChoicePiece, job: Job) -> str:
-    return f',"token_ids":{_ids(piece.tokens)}' if job.return_token_ids else ""
+def _in_choice(piece: ChoicePiece, job: Job) -> str:
+    """What the client asked for beyond OpenAI's fields."""
+    ids = f',"token_ids":{_ids(piece.tokens)}' if job.return_token_ids else ""
+    timings = choice_timings(piece, job)
+    return ids + (f",{json.dumps(timings)[1:-1]}" if timings else "")
 
 
 def _ids(tokens: TokenBytes) -> str:

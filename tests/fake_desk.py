@@ -10,6 +10,7 @@ from pdserve.contract.messages import RequestTimings
 from pdserve.contract.sampling import FinishReason
 from pdserve.contract.tokens import num_tokens, pack_tokens, unpack_tokens
 from pdserve.contract.work import ModelInfo, TokenLogprobs
+from router.request_reports import RequestReport
 from router.requests import Closing, GenerateRequest, OutputDelta, Readiness
 
 MODEL_INFO = ModelInfo(
@@ -96,6 +97,9 @@ class FakeDesk:
     def new_request_id(self) -> RequestId:
         self.num_ids += 1
         return RequestId(f"fake-{self.num_ids}")
+
+    def report(self, request_id: RequestId) -> RequestReport | None:
+        return None
 
     async def generate(
         self, request_id: RequestId, request: GenerateRequest, closing: Closing | None = None

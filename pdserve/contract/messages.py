@@ -154,15 +154,22 @@ class RequestTimings:
     cached_prompt_tokens_decode: int = 0
     """Prompt tokens that the decode worker held and that did not travel."""
     queue_s: float = 0.0
+    """Until the prompt's computation began."""
     prefill_s: float = 0.0
+    """Of that computation, other prompts' turns in between included."""
     transfer_s: float = 0.0
     """Sum over segments: from taking the announcement to the verified copy."""
     transfer_bytes: int = 0
     transport: str = ""
+    """Empty when nothing is to travel, or nothing has been chosen yet."""
     transfer_hidden_s: float = 0.0
     """Of `transfer_s`, what passed before the prompt's last forward pass had ended."""
     transfer_exposed_s: float = 0.0
     """From the end of that pass until everything was verified: what the second token waited for."""
+    transport_reason: str = ""
+    """Why that transport and none before it in the order."""
+    transfer_is_whole: bool = False
+    """Everything was verified: the numbers of the transfer are final."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +180,7 @@ class Frame:
     """The worker's step counter."""
     events: tuple[TokenEvent, ...]
     timings: tuple[tuple[SubmitNumber, RequestTimings], ...] = ()
-    """Of submissions that begin or finish in this frame."""
+    """Of submissions that finish in this frame, or of which there is something new to tell."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,10 @@ class Clock(Protocol):
 
     def now(self) -> float: ...
 
+    def unix_time(self) -> float:
+        """For people to read; may jump."""
+        ...
+
     async def sleep(self, seconds: float) -> None: ...
 
     def timeout(self, seconds: float | None) -> AbstractAsyncContextManager[object]:

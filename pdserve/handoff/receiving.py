@@ -68,6 +68,7 @@ class FetchStats:
     """See `Overlap`; known when everything is verified."""
     queue_s: float = 0.0
     prefill_s: float = 0.0
+    """As seen from here, until the source tells its own with Sealed."""
     cached_tokens_at_source: int = 0
 
 
@@ -122,6 +123,7 @@ class PrefillFetch:
         self._segments: asyncio.Queue[Segment | Sealed] = asyncio.Queue()  # Sealed behind all of them
         self._proof = Proof(0, num_layers, 0)  # until the prompt is reserved
         self._times = TransferTimes()
+        self._stage_began_at = 0.0  # of waiting for our turn, then of the computation
         self._has_first_token = False
         self._sealed: Sealed | None = None
         self._computed_at = 0.0  # the prompt's last forward pass ended, known once Sealed has come
@@ -129,6 +131,7 @@ class PrefillFetch:
 
     async def run(self) -> None:
         """Fetch. Raises the PdserveError that ended the call otherwise."""
+        self._stage_began_at = self._clock.now()
         stream = await self._rpc.open(self._address, Call.PREFILL)
         try:
             await stream.send(self._request)
@@ -167,6 +170,7 @@ class PrefillFetch:
                         self.stats.transport = transport.name
                         self.stats.transport_reason = transport.reason
                         self.stats.cached_tokens_at_source = cached_tokens
+                        self.stats.queue_s = self._end_stage()
                         return transport, answer
                     await stream.send(answer)
                 case End(error) if error is not None:
@@ -237,7 +241,14 @@ class PrefillFetch:
             self._metrics.count_stale(FirstToken)
         else:
             self._has_first_token = True
+            self.stats.prefill_s = self._end_stage()
             self._listener.first_token(first, self.stats)
+
+    def _end_stage(self) -> float:
+        """How long it took. The next one begins."""
+        now = self._clock.now()
+        seconds, self._stage_began_at = now - self._stage_began_at, now
+        return seconds
 
     async def _until_end(self, stream: MessageStream) -> None:
         """Nothing but End matters any more: what was said twice is dropped."""

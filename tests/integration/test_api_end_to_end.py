@@ -3,17 +3,20 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import httpx
 import openai
 import pytest
 import torch
+from google.protobuf.json_format import MessageToDict
 
 from pdserve.api.v1 import generate_pb2 as pb
 from pdserve.api.v1 import generate_pb2_grpc as pb_grpc
 from pdserve.contract.tokens import unpack_tokens
 from pdserve.engine.settings import EngineSettings
+from router.request_reports import Origin
 from router.text import TextModel
 from tests.local_system import LocalSystem
 from tests.reference import greedy_reference
@@ -147,6 +150,97 @@ async def test_usage_counts_and_cached_tokens(client: openai.AsyncOpenAI, text_m
     assert cached == [0, (num_prompt - 1) // 16 * 16]
 
 
+def kv_bytes(model: SmallModel, num_tokens: int) -> int:
+    """Of the KV of so many tokens in whole blocks of 16, by the model's own configuration, in float32."""
+    config = model.reference.config
+    head_dim = config.hidden_size // config.num_attention_heads
+    per_token = config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim * 4
+    return -(-num_tokens // 16) * 16 * per_token
+
+
+def assert_adds_up(timings: dict[str, Any], num_bytes: int) -> None:
+    """Of a request that was served at its first attempt, cold."""
+    (attempt,) = timings["attempts"]
+    assert (timings["num_attempts"], attempt["number"]) == (1, 1)
+    assert (attempt["decode_worker"], attempt["prefill_worker"]) == ("decode-0", "prefill-0")
+    assert attempt["cached_tokens"] == {"prefill": 0, "decode": 0}
+    transfer = attempt["transfer"]
+    assert (transfer["transport"], transfer["is_whole"]) == ("shared_memory", True)
+    assert transfer["bytes"] == num_bytes
+    durations = [
+        attempt["prefill_queue_s"],
+        attempt["prefill_s"],
+        transfer["hidden_s"],
+        transfer["exposed_s"],
+    ]
+    assert min(durations) >= 0
+    prefill_ended_s = attempt["submitted_s"] + attempt["prefill_queue_s"] + attempt["prefill_s"]
+    verified_s = prefill_ended_s + transfer["exposed_s"]
+    rounding_s = 4e-6  # of sums of at most four times, each told in whole microseconds
+    assert 0 <= attempt["submitted_s"] <= prefill_ended_s <= timings["first_token_s"] + rounding_s
+    assert verified_s <= timings["second_token_s"] + rounding_s
+    assert timings["first_token_s"] == attempt["first_token_s"]
+    assert timings["first_token_s"] < timings["second_token_s"] < timings["last_token_s"]
+    assert timings["last_token_s"] == attempt["ended_s"]
+
+
+async def test_timings_in_the_answer_add_up(
+    client: openai.AsyncOpenAI, system: LocalSystem, model: SmallModel
+) -> None:
+    prompts = [[5 + i] * 100 for i in range(3)]
+    extra = {"timings": True, "ignore_eos": True}
+    whole = await client.completions.create(
+        model="small",
+        prompt=prompts[:2],
+        max_tokens=8,
+        extra_body=extra,
+        extra_headers={"X-Request-Id": "mine"},
+    )
+    assert whole.choices[0].model_extra is not None
+    for choice in whole.choices:
+        timings = choice.model_extra["timings"]
+        assert_adds_up(timings, kv_bytes(model, 100))
+        report = system.router.report(timings["request_id"])
+        assert report is not None
+        assert (report.outcome, report.num_prompt_tokens, report.num_output_tokens) == ("length", 100, 8)
+        assert report.origin == Origin("completions", "small", whole.id, choice.index, "mine")
+    stream = await client.completions.create(
+        model="small", prompt=prompts[2], max_tokens=8, stream=True, extra_body=extra
+    )
+    choices = [chunk.choices[0] async for chunk in stream]
+    told = [choice.model_extra for choice in choices if choice.model_extra]
+    assert choices[-1].finish_reason == "length"
+    assert told == [choices[-1].model_extra]
+    assert_adds_up(told[0]["timings"], kv_bytes(model, 100))
+
+
+async def test_nobody_is_told_timings_who_has_not_asked(client: openai.AsyncOpenAI) -> None:
+    answer = await client.completions.create(model="small", prompt=PROMPT, max_tokens=2)
+    assert "timings" not in (answer.choices[0].model_extra or {})
+
+
+async def test_a_stop_string_ends_the_answer_before_the_attempt(
+    client: openai.AsyncOpenAI, system: LocalSystem, model: SmallModel, text_model: TextModel
+) -> None:
+    _, text = greedy_text(model, text_model, 24)
+    answer = await client.completions.create(
+        model="small",
+        prompt=PROMPT,
+        max_tokens=400,
+        temperature=0,
+        stop=text[6:9],
+        extra_body={"timings": True, "ignore_eos": True},
+    )
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.choices[0].model_extra is not None
+    timings = answer.choices[0].model_extra["timings"]
+    assert [attempt["decode_worker"] for attempt in timings["attempts"]] == ["decode-0"]
+    await system.at_rest()
+    report = system.router.report(timings["request_id"])
+    assert report is not None
+    assert (report.outcome, [attempt.end for attempt in report.attempts]) == ("stop", ["stop"])
+
+
 async def test_what_cannot_be_is_refused_with_the_cause(
     client: openai.AsyncOpenAI, system: LocalSystem
 ) -> None:
@@ -209,6 +303,31 @@ async def test_the_grpc_api_says_the_same(
     async with grpc.aio.insecure_channel(system.grpc_address) as channel:
         answer = await pb_grpc.GenerationStub(channel).Generate(request)
     assert list(answer.choices[0].token_ids) == output
+    assert not answer.choices[0].HasField("timings")
+
+
+async def test_the_grpc_api_tells_the_same_timings(system: LocalSystem, model: SmallModel) -> None:
+    for first, streamed in ((5, False), (6, True)):
+        prompt = pb.TokenIds(ids=[first] * 100)
+        request = pb.GenerateRequest(
+            token_ids=prompt, max_tokens=8, timings=True, sampling=pb.Sampling(ignore_eos=True)
+        )
+        async with grpc.aio.insecure_channel(system.grpc_address) as channel:
+            stub = pb_grpc.GenerationStub(channel)
+            if streamed:
+                told = [chunk.choice async for chunk in stub.GenerateStream(request)]
+                (choice,) = [choice for choice in told if choice.HasField("timings")]
+                assert choice.finish_reason == pb.FINISH_REASON_LENGTH
+            else:
+                choice = (await stub.Generate(request)).choices[0]
+        timings = MessageToDict(
+            choice.timings,
+            preserving_proto_field_name=True,
+            always_print_fields_with_no_presence=True,
+        )
+        (transfer,) = [attempt["transfer"] for attempt in timings["attempts"]]
+        transfer["bytes"] = int(transfer["bytes"])  # JSON has no 64-bit integers
+        assert_adds_up(timings, kv_bytes(model, 100))
 
 
 async def test_many_clients_at_once_leave_nothing_behind(system: LocalSystem) -> None:

@@ -29,6 +29,9 @@ class HostClock:
     def now(self) -> float:
         return self._loop.time()
 
+    def unix_time(self) -> float:
+        return self.now()
+
     async def sleep(self, seconds: float) -> None:
         if seconds <= 0:
             await asyncio.sleep(0)

@@ -16,6 +16,7 @@ import decode_worker.request
 import pdserve.contract.messages
 import pdserve.handoff.ledger
 import pdserve.handoff.prefill_job
+import router.request_reports
 from pdserve.config import DeployConfig
 from pdserve.contract.work import BlockCounts
 from tools import make_metrics_docs
@@ -37,6 +38,7 @@ STATE_ENUMS: dict[str, type[enum.Enum]] = {
         pdserve.contract.messages.WorkerState,
         controller.status.ProcessState,
         controller.status.SystemState,
+        router.request_reports.RequestState,
     )
 }
 LEGAL_MOVES = {

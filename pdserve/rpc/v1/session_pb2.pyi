@@ -173,7 +173,7 @@ class SubmissionTimings(_message.Message):
     def __init__(self, number: _Optional[int] = ..., timings: _Optional[_Union[RequestTimings, _Mapping]] = ...) -> None: ...
 
 class RequestTimings(_message.Message):
-    __slots__ = ("cached_prompt_tokens_prefill", "cached_prompt_tokens_decode", "queue_s", "prefill_s", "transfer_s", "transfer_bytes", "transport", "transfer_hidden_s", "transfer_exposed_s")
+    __slots__ = ("cached_prompt_tokens_prefill", "cached_prompt_tokens_decode", "queue_s", "prefill_s", "transfer_s", "transfer_bytes", "transport", "transfer_hidden_s", "transfer_exposed_s", "transport_reason", "transfer_is_whole")
     CACHED_PROMPT_TOKENS_PREFILL_FIELD_NUMBER: _ClassVar[int]
     CACHED_PROMPT_TOKENS_DECODE_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
@@ -183,6 +183,8 @@ class RequestTimings(_message.Message):
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_HIDDEN_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_EXPOSED_S_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_REASON_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_IS_WHOLE_FIELD_NUMBER: _ClassVar[int]
     cached_prompt_tokens_prefill: int
     cached_prompt_tokens_decode: int
     queue_s: float
@@ -192,7 +194,9 @@ class RequestTimings(_message.Message):
     transport: str
     transfer_hidden_s: float
     transfer_exposed_s: float
-    def __init__(self, cached_prompt_tokens_prefill: _Optional[int] = ..., cached_prompt_tokens_decode: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., transfer_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., transfer_hidden_s: _Optional[float] = ..., transfer_exposed_s: _Optional[float] = ...) -> None: ...
+    transport_reason: str
+    transfer_is_whole: bool
+    def __init__(self, cached_prompt_tokens_prefill: _Optional[int] = ..., cached_prompt_tokens_decode: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., transfer_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., transfer_hidden_s: _Optional[float] = ..., transfer_exposed_s: _Optional[float] = ..., transport_reason: _Optional[str] = ..., transfer_is_whole: bool = ...) -> None: ...
 
 class Refused(_message.Message):
     __slots__ = ("number", "error")

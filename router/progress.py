@@ -1,0 +1,137 @@
+"""How far one request is: what the journey goes by, and what its report is made of."""
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+from pdserve.contract.errors import ErrorInfo
+from pdserve.contract.ids import BlockHash, RequestId
+from pdserve.contract.messages import RequestTimings
+from pdserve.contract.tokens import num_tokens
+from router.fleet import Identity
+from router.links import SubmissionTokens
+from router.placement import Placement
+from router.request_reports import MAX_ATTEMPTS, AttemptReport, RequestReport, shortened
+from router.requests import Closing, GenerateRequest
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One submission of a request to workers. Times are the router's clock."""
+
+    number: int
+    placement: Placement
+    submitted_at: float
+    first_token_at: float | None = None
+    ended_at: float | None = None
+    end: str | None = None
+    """A finish reason, an error code, or why it was cancelled."""
+    message: str | None = None
+    timings: RequestTimings | None = None
+
+    def note(self, tokens: SubmissionTokens) -> None:
+        """What has come that the client does not have yet."""
+        if self.first_token_at is None:
+            self.first_token_at = tokens.arrived_at
+        if tokens.timings is not None:
+            self.timings = tokens.timings
+        if tokens.event.finish is not None:
+            self.ended(tokens.event.finish.value, tokens.arrived_at)
+
+    def ended(self, end: str, now: float, message: str | None = None) -> None:
+        """The first end counts."""
+        if self.end is None:
+            self.end, self.ended_at, self.message = end, now, message
+
+    def report(self, admitted_at: float) -> AttemptReport:
+        return AttemptReport(
+            number=self.number,
+            decode_worker=self.placement.decode,
+            prefill_worker=self.placement.prefill,
+            placement=shortened(self.placement.reason),
+            submitted_s=self.submitted_at - admitted_at,
+            first_token_s=_since(admitted_at, self.first_token_at),
+            ended_s=_since(admitted_at, self.ended_at),
+            end=self.end,
+            message=None if self.message is None else shortened(self.message),
+            timings=self.timings,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Progress:
+    """How far one request is."""
+
+    request_id: RequestId
+    request: GenerateRequest
+    seed: int
+    arrived_at: float  # unix time
+    admitted_at: float
+    deadline_at: float | None
+    closing: Closing
+    names: list[BlockHash] = field(default_factory=list)  # of the prompt's full blocks
+    output: bytearray = field(default_factory=bytearray)  # tokens that the client has
+    num_attempts: int = 0
+    attempts: deque[Attempt] = field(default_factory=lambda: deque(maxlen=MAX_ATTEMPTS))
+    fruitless_attempts: int = 0
+    recoveries: Counter[str] = field(default_factory=Counter)  # error code -> attempts that followed it
+    lost: set[Identity] = field(default_factory=set)
+    """Workers that were lost while they had it."""
+    lost_alone: Identity | None = None
+    """One that was lost while it served nothing else."""
+    is_suspect: bool = False
+    first_token_at: float | None = None
+    second_token_at: float | None = None
+    last_token_at: float | None = None
+    ended_at: float | None = None
+    outcome: str | None = None
+    """A finish reason or an error code."""
+    error: ErrorInfo | None = None
+    """What the client was told."""
+
+    @property
+    def num_prompt(self) -> int:
+        return num_tokens(self.request.prompt_tokens)
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens that the client has."""
+        return num_tokens(self.output)
+
+    @property
+    def num_known(self) -> int:
+        """Prompt and output so far."""
+        return self.num_prompt + self.num_output
+
+    @property
+    def most_tokens(self) -> int:
+        """Prompt and output when the request runs to max_tokens."""
+        return self.num_prompt + self.request.sampling.max_tokens
+
+    def next_attempt(self, placement: Placement, now: float) -> Attempt:
+        """It is submitted once more."""
+        self.num_attempts += 1
+        attempt = Attempt(self.num_attempts, placement, now)
+        self.attempts.append(attempt)
+        return attempt
+
+    def report(self) -> RequestReport:
+        return RequestReport(
+            request_id=self.request_id,
+            origin=self.request.origin,
+            arrived_at=self.arrived_at,
+            num_prompt_tokens=self.num_prompt,
+            num_output_tokens=self.num_output,
+            attempts=tuple(attempt.report(self.admitted_at) for attempt in self.attempts),
+            num_attempts=self.num_attempts,
+            recoveries=dict(self.recoveries),
+            first_token_s=_since(self.admitted_at, self.first_token_at),
+            second_token_s=_since(self.admitted_at, self.second_token_at),
+            last_token_s=_since(self.admitted_at, self.last_token_at),
+            ended_s=_since(self.admitted_at, self.ended_at),
+            outcome=self.outcome,
+            message=None if self.error is None else shortened(self.error.message),
+        )
+
+
+def _since(admitted_at: float, at: float | None) -> float | None:
+    return None if at is None else at - admitted_at
