@@ -7,6 +7,7 @@ name=value behind the message, or as members of the event's JSON object.
 import json
 import logging
 import sys
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 
@@ -40,7 +41,7 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         event: dict[str, Any] = {
-            "time": self.formatTime(record),
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,
             "process": self._process,
             "logger": record.name,

@@ -163,6 +163,11 @@ async def test_a_decode_worker_killed_in_mid_stream(processes: Processes, expect
     output += [token async for token in stream]
     assert output == expected
     await processes.assert_at_rest()
+    (report,) = processes.router.reports.recent(1)
+    assert report.recoveries == {"worker_lost": 1}
+    (survivor,) = (name for name in DECODE if name != victim)
+    ends = [(attempt.decode_worker, attempt.end) for attempt in report.attempts]
+    assert ends == [(victim, "worker_lost"), (survivor, "length")]
 
 
 async def test_a_prefill_worker_killed_while_it_computes(processes: Processes, expected: list[int]) -> None:

@@ -88,6 +88,30 @@ def test_the_official_client_streams(ray_system: RaySystem) -> None:
     assert chunks[-1].choices[0].finish_reason == "length"
 
 
+def test_a_request_leaves_one_line_without_its_text_in_the_routers_log(ray_system: RaySystem) -> None:
+    text = "The walrus and the carpenter"
+    body = {"prompt": text, "max_tokens": 6, "temperature": 0, "ignore_eos": True, "timings": True}
+    for name in ("find-me", "the-next"):  # when the next one has been answered, the first has ended
+        answer = httpx.post(
+            f"{ray_system.url}/v1/completions", json=body, headers={"X-Request-Id": name}, timeout=60.0
+        )
+        assert answer.headers["x-request-id"] == name
+        timings = answer.json()["choices"][0]["timings"]
+        if name == "find-me":
+            request_id = timings["request_id"]
+    logs = {path.resolve() for path in ray_system.pdserve.runtime.rglob("worker-*.err")}
+    lines = [line for path in logs for line in path.read_text(errors="replace").splitlines()]
+    assert not [line for line in lines if "walrus" in line]
+    (line,) = [line for line in lines if request_id in line]
+    assert " INFO router-0 router.journey: request ended " in line
+    fields = dict(field.partition("=")[::2] for field in line.partition(" request ended ")[2].split(" "))
+    assert fields["request_id"] == request_id
+    assert fields["client_request_id"] == "find-me"
+    assert (fields["outcome"], fields["output_tokens"]) == ("length", "6")
+    assert (fields["decode_worker"], fields["prefill_worker"]) == ("decode-0", "prefill-0")
+    assert float(fields["first_token_s"]) < float(fields["second_token_s"]) < float(fields["last_token_s"])
+
+
 def test_generate_streams_to_the_terminal(ray_system: RaySystem) -> None:
     options = ("--max-tokens", "6", "--temperature", "0")
     chat = ray_system.pdserve.run("generate", "hello world", *options)
