@@ -8,8 +8,9 @@ import secrets
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
+from controller.head import HeadWatch
 from controller.integrity import IntegrityReport
 from controller.plan import Deployment, ProcessPlan
 from controller.pools import ProcessEnded, StartRefused
@@ -42,16 +43,20 @@ def stop_leftovers(system: str) -> None:
 class RayProcesses:
     """Creates actors of one deployment, and finds those of an earlier controller by their names."""
 
-    def __init__(self, deployment: Deployment, controller: Any) -> None:
+    def __init__(self, deployment: Deployment, controller: Any, head: HeadWatch) -> None:
         """`controller` is the handle that the actors report to."""
         self._deployment = deployment
         self._controller = controller
+        self._head = head
 
     def find(self, spec: ProcessSpec) -> "RayProcess | None":
         for name in _actor_names(self._prefix(spec)):
             with contextlib.suppress(ValueError):  # it has ended since
                 return RayProcess(spec, ray.get_actor(name, NAMESPACE), self._resources(spec))
         return None
+
+    async def until_able(self) -> None:
+        await self._head.until_there()
 
     def create(self, spec: ProcessSpec, previous: ProcessReport | None) -> "RayProcess":
         resources = self._resources(spec)
@@ -204,6 +209,8 @@ def _free_by_node() -> dict[str, dict[str, float]]:
 def _how_it_ended(error: RayActorError) -> str:
     if _SILENT_END in str(error):
         return "its process was killed (as the kernel does when memory runs out) or crashed"
+    if isinstance(error, ActorUnavailableError):
+        return "its process went away, and Ray has not heard how"
     found = _EXIT_DETAIL.search(str(error))
     return f"its process died: {found[1].strip()}" if found else _last_line(error)
 

@@ -7,20 +7,19 @@ import asyncio
 import ctypes
 import logging
 import os
-import socket
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import ray
 
+from controller import head
 from controller.actors import NAMESPACE
 from controller.start_errors import LOGS
 from pdserve.contract.errors import ConfigError, Unavailable
 
 OBJECT_STORE_BYTES = 80 << 20
 """About the least that Ray takes; nothing of weight travels through Ray."""
-REACH_TIMEOUT_S = 5.0
 EXIT_TIMEOUT_S = 3.0
 """How long Ray's processes may take to end before they are killed."""
 _PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
@@ -55,6 +54,10 @@ class Cluster:
         """By which another process on this machine connects."""
         return self._address or str(ray.get_runtime_context().gcs_address)
 
+    async def has_head(self) -> bool:
+        """Without it Ray starts and kills nothing, and takes minutes to say so."""
+        return await head.answers(self.address.removeprefix("ray://"))
+
     async def close(self) -> None:
         """Disconnect; a local cluster is ended, and all its processes with it."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
@@ -66,7 +69,7 @@ class Cluster:
             _adopt_orphans()
             _start_local(self._num_processes)
         else:
-            _join(self._address)
+            self._address = _join(self._address)
 
     def _close(self) -> None:
         ray.shutdown()
@@ -111,7 +114,8 @@ def _start_local(num_processes: int) -> None:
         raise Unavailable(f"Ray does not start on this machine ({_reason(error)}); {LOGS}") from error
 
 
-def _join(address: str) -> None:
+def _join(address: str) -> str:
+    """The address where it was found."""
     if address == "auto":
         address = _running_here()
     _require_reachable(address)
@@ -125,6 +129,7 @@ def _join(address: str) -> None:
             "there, and RAY_AUTH_MODE=token where the cluster asks for a token",
             param="ray.address",
         ) from error
+    return address
 
 
 def _running_here() -> str:
@@ -153,7 +158,7 @@ def _require_reachable(address: str) -> None:
             param="ray.address",
         )
     try:
-        socket.create_connection((host.strip("[]"), int(port)), REACH_TIMEOUT_S).close()
+        head.reach(host, int(port))
     except OSError as error:
         raise ConfigError(
             f"nothing answers at {address} ({error.strerror or error}): start Ray there with `ray start "

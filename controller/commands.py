@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from controller import running
+from controller import head, running
 from controller.ray_environment import prepare_ray
 from controller.status import SystemState
 from controller.terminal import integrity_table, say, table
@@ -28,6 +28,8 @@ async def end_system(name: str, address: str | None) -> None:
     if system is not None and system.is_local:
         await asyncio.to_thread(_end_launcher, system)
     else:
+        if system is not None:
+            await _require_head(system)
         async with _controller(name, address or (system.ray_address if system else ""), "") as controller:
             await controller.shut_down()
     running.withdraw(name)
@@ -92,8 +94,22 @@ async def _running_controller(name: str, address: str | None) -> AsyncIterator["
         address, auth_mode = system.ray_address, system.ray_auth_mode
         if not address:
             raise Unavailable(f"{name} is just starting: its Ray is not up yet, try again in a few seconds")
+        await _require_head(system)
     async with _controller(name, address, auth_mode) as controller:
         yield controller
+
+
+async def _require_head(system: running.RunningSystem) -> None:
+    """Raises Unavailable: the controller is found through Ray's head, which would be tried for minutes."""
+    if await head.answers(system.ray_address.removeprefix("ray://")):
+        return
+    here = f"end it with `pdserve down --name {system.name}` and start it again"
+    there = "bring the head back, or end it with `ray stop` on its nodes"
+    raise Unavailable(
+        f"Ray's head at {system.ray_address} is gone, so nobody can ask or tell {system.name} anything. "
+        f"{system.url or 'It'} still serves requests, but what dies is not replaced, and after a while Ray "
+        f"ends everything: {here if system.is_local else there}"
+    )
 
 
 @contextlib.asynccontextmanager
@@ -106,6 +122,6 @@ async def _controller(name: str, address: str, auth_mode: str) -> AsyncIterator[
         await cluster.connect()
         from controller.remote import RemoteController
 
-        yield RemoteController.find(name)
+        yield RemoteController.find(name, cluster)
     finally:
         await cluster.close()

@@ -41,6 +41,7 @@ class Controller:
         self._version = 0
         self._was_ready = False
         self._is_stopped = False
+        self._has_head = True
         self._changed = asyncio.Event()
         self._news: deque[tuple[int, ProcessStatus]] = deque(maxlen=MAX_NEWS)  # (version, what it brought)
         self._noted: dict[str, tuple[ProcessState, str]] = {}  # process id -> the last of its news
@@ -57,6 +58,11 @@ class Controller:
     def tell(self, process_id: str, message: str) -> None:
         """What a process does while it starts."""
         self._slots[process_id].tell(message)
+
+    def note_head(self, is_there: bool) -> None:
+        """Whether Ray's head is there; without it nobody is replaced."""
+        self._has_head = is_there
+        self._on_change()
 
     async def follow(self, seen: int) -> SystemStatus:
         """The status as soon as its version is above `seen`, with the news since then; processes are not
@@ -182,6 +188,7 @@ class Controller:
             self._state(),
             self._deployment.model.served_name,
             tuple(slot.status for slot in self._slots.values()),
+            has_head=self._has_head,
         )
 
     def _state(self) -> SystemState:

@@ -1,9 +1,10 @@
 """The controller's process: `Controller` as a named, detached Ray actor.
 
 When it dies Ray starts it again with the same arguments, and it finds its routers and workers by their names;
-requests are served all the while.
+requests are served all the while. While Ray's head is away it starts nobody.
 """
 
+import asyncio
 from dataclasses import replace
 
 import ray
@@ -11,6 +12,7 @@ import ray
 from controller.actors import RayProcesses
 from controller.controller import Controller
 from controller.discovery import DiscoveryPage
+from controller.head import HeadWatch
 from controller.integrity import ProcessIntegrity
 from controller.plan import Deployment
 from controller.status import SystemStatus
@@ -26,11 +28,13 @@ class ControllerActor:
     def __init__(self, deployment: Deployment) -> None:
         logs = deployment.config.logs
         set_up_logging("controller", logs.level, logs.format)
-        own_handle = ray.get_runtime_context().current_actor
+        context = ray.get_runtime_context()
         self._page = DiscoveryPage(deployment)
         self._page.serve()
-        processes = RayProcesses(deployment, own_handle)
+        head = HeadWatch(context.gcs_address, self._note_head)
+        processes = RayProcesses(deployment, context.current_actor, head)
         self._controller = Controller(deployment, processes, LoopClock(), self._page.update)
+        self._watching = asyncio.create_task(head.run())
 
     async def tell(self, process_id: str, message: str) -> None:
         self._controller.tell(process_id, message)
@@ -53,3 +57,6 @@ class ControllerActor:
 
     async def shut_down(self) -> None:
         await self._controller.shut_down()
+
+    def _note_head(self, is_there: bool) -> None:
+        self._controller.note_head(is_there)

@@ -63,6 +63,7 @@ class DiscoveryPage:
         self._content = json.dumps([group for group in groups if group["targets"] != [""]]).encode()
         for pool in self._pools():
             self._metrics.set_pool(pool, self._num_desired(pool), _count_states(status, pool))
+        self._metrics.set_head_up(status.has_head)
         self._metrics.set_restarts(sum(process.num_restarts for process in status.processes))
 
     def _pools(self) -> list[str]:

@@ -8,7 +8,7 @@ import contextlib
 import signal
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from controller import running
 from controller.model_files import resolve_model
@@ -20,6 +20,9 @@ from controller.status import SystemState, SystemStatus
 from controller.terminal import Progress, ready_text, say
 from pdserve.config import DeployConfig
 from pdserve.contract.errors import ConfigError, PdserveError, Unavailable
+
+if TYPE_CHECKING:
+    from controller.cluster import Cluster
 
 STAYING = "Press Ctrl-C to end it."
 """The last line before the launcher only waits."""
@@ -96,18 +99,22 @@ async def _start_and_stay(
     try:
         await cluster.connect()
         announcement.update(ray_address=cluster.address, ray_auth_mode=auth_mode())
-        await _run_on_cluster(deployment, announcement, options, progress)
+        await _run_on_cluster(cluster, deployment, announcement, options, progress)
     finally:
         await cluster.close()
 
 
 async def _run_on_cluster(
-    deployment: Deployment, announcement: "_Announcement", options: LaunchOptions, progress: Progress
+    cluster: "Cluster",
+    deployment: Deployment,
+    announcement: "_Announcement",
+    options: LaunchOptions,
+    progress: Progress,
 ) -> None:
     from controller.remote import RemoteController
 
     progress.note("starting the controller")
-    controller = RemoteController.create(deployment)
+    controller = RemoteController.create(deployment, cluster)
     keep = False
     try:
         status = await _until_ready(controller, progress)

@@ -87,6 +87,10 @@ class Processes(Protocol):
 
     def find(self, spec: ProcessSpec) -> Process | None: ...
 
+    async def until_able(self) -> None:
+        """Returns when `create` can do its work: at once, but not while Ray's head is away."""
+        ...
+
     def create(self, spec: ProcessSpec, previous: ProcessReport | None) -> Process:
         """`previous` is the last report of the process that it replaces."""
         ...
@@ -156,7 +160,7 @@ class Slot:
         self._changed()
         while True:
             try:
-                await self._live(process or self._processes.create(self.spec, self.previous))
+                await self._live(process or await self._create())
             except StartRefused as error:
                 if not self._deaths.has_served:
                     return self._set(ProcessState.FAILED, str(error))
@@ -196,6 +200,10 @@ class Slot:
             self.process.kill()
         self.process = None
         self._set(ProcessState.STOPPED)
+
+    async def _create(self) -> Process:
+        await self._processes.until_able()
+        return self._processes.create(self.spec, self.previous)
 
     async def _live(self, process: Process) -> None:
         """One process from its creation to its end."""

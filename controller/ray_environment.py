@@ -6,6 +6,8 @@ import sys
 from functools import cache
 
 AUTH_MODE = "RAY_AUTH_MODE"
+HEAD_AWAY_S = 600
+"""How long the processes of a local Ray, and this one, outlive Ray's head; Ray's own value is 60 s."""
 
 _SETTINGS = {
     # No reports about this machine to anybody.
@@ -14,6 +16,8 @@ _SETTINGS = {
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
     # Everything that Ray would print at a driver about its actors; pdserve says itself what happens.
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
+    # Nothing of a request goes through the head, so they are served without it.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": str(HEAD_AWAY_S),
 }
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
@@ -16,6 +16,9 @@ from controller.status import SystemStatus
 from pdserve.config import FaultConfig
 from pdserve.contract.errors import ConfigError, ErrorInfo, NotFound, Unavailable, error_from_info
 
+if TYPE_CHECKING:
+    from controller.cluster import Cluster
+
 SHUT_DOWN_TIMEOUT_S = 20.0
 RETRY_S = 0.5
 """While Ray starts a controller again."""
@@ -24,12 +27,13 @@ RETRY_S = 0.5
 class RemoteController:
     """Calls to one controller. Each raises Unavailable when it is gone for good."""
 
-    def __init__(self, system: str, actor: Any) -> None:
+    def __init__(self, system: str, actor: Any, cluster: "Cluster") -> None:
         self._system = system
         self._actor = actor
+        self._cluster = cluster
 
     @classmethod
-    def create(cls, deployment: Deployment) -> "RemoteController":
+    def create(cls, deployment: Deployment, cluster: "Cluster") -> "RemoteController":
         """Start it. Raises ConfigError when this cluster has one for a system of that name."""
         system = deployment.config.name
         options = {
@@ -47,17 +51,19 @@ class RemoteController:
                 f"{system}`, or choose another --name",
                 param="name",
             ) from error
-        return cls(system, actor)
+        return cls(system, actor, cluster)
 
     @classmethod
-    def find(cls, system: str) -> "RemoteController":
-        """Raises NotFound."""
+    def find(cls, system: str, cluster: "Cluster") -> "RemoteController":
+        """Raises NotFound, or Unavailable when Ray's head does not answer."""
         try:
-            return cls(system, ray.get_actor(controller_name(system), NAMESPACE))
+            return cls(system, ray.get_actor(controller_name(system), NAMESPACE), cluster)
         except ValueError as error:
             raise NotFound(
                 f"no system named {system!r} runs on this cluster: start it with `pdserve up`"
             ) from error
+        except RayError as error:
+            raise Unavailable(f"Ray at {cluster.address} does not answer: {error}") from error
 
     async def follow(self, seen: int) -> SystemStatus:
         """The status as soon as its version is above `seen`; a restarted controller counts from 0 again."""
@@ -84,12 +90,32 @@ class RemoteController:
         return answer
 
     async def shut_down(self) -> None:
-        """End all processes of the system, whatever state it is in."""
+        """End all processes of the system, whatever state it is in. Those on a local Ray without its head end
+        with that Ray. On a cluster without its head they stop serving; raises Unavailable, because their
+        processes stay."""
         with contextlib.suppress(Unavailable, TimeoutError):
             async with asyncio.timeout(SHUT_DOWN_TIMEOUT_S):
                 await self._ask("shut_down")
-        ray.kill(self._actor, no_restart=True)
-        stop_leftovers(self._system)
+        if await self._cluster.has_head():
+            self._kill_all()
+        elif not self._cluster.is_local:
+            raise Unavailable(self._what_stays())
+
+    def _kill_all(self) -> None:
+        try:
+            ray.kill(self._actor, no_restart=True)
+            stop_leftovers(self._system)
+        except RayError as error:
+            if not self._cluster.is_local:
+                raise Unavailable(self._what_stays()) from error
+
+    def _what_stays(self) -> str:
+        return (
+            f"Ray's head at {self._cluster.address} does not answer, so routers and workers of "
+            f"{self._system!r} were told to stop, but their processes stay: run `pdserve down --name "
+            f"{self._system} --address {self._cluster.address}` when the head is back, or `ray stop` on the "
+            "nodes"
+        )
 
     async def _ask(self, method: str, *arguments: object) -> object:
         while True:

@@ -120,6 +120,8 @@ class SystemStatus:
     processes: tuple[ProcessStatus, ...] = field(default=())
     targets_url: str = ""
     """Where Prometheus finds all processes (HTTP service discovery)."""
+    has_head: bool = True
+    """Ray's head answers, so processes can be started."""
     news: tuple[ProcessStatus, ...] = field(default=())
     """For a follower: every state and message that a process has had since the follower looked last, oldest
     first. Some last for no longer than a turn of the controller's loop."""

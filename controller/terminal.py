@@ -13,6 +13,11 @@ from pdserve.demo import RecallPrompt, recall_prompt
 _DEMO_SEED = 7
 _DEMO_TOKENS = 120
 _MAX_TOKENS = 48
+_HEAD_IS_GONE = (
+    "Ray's head is gone: requests are served on, but what dies is not replaced, and after a while Ray ends "
+    "everything (docs/runbook.md)"
+)
+_HEAD_IS_BACK = "Ray's head is back"
 
 
 def say(line: str = "") -> None:
@@ -52,12 +57,16 @@ class Progress:
     def __init__(self) -> None:
         self._started_at = time.monotonic()
         self._said: dict[str, str] = {}  # process id -> last line
+        self._had_head = True
 
     def note(self, what: str) -> None:
         say(f"[{time.monotonic() - self._started_at:5.1f} s] {what}")
 
     def show(self, status: SystemStatus) -> None:
         """What has happened since the last time."""
+        if status.has_head != self._had_head:
+            self._had_head = status.has_head
+            self.note(_HEAD_IS_BACK if status.has_head else _HEAD_IS_GONE)
         for process in status.news:
             line = describe(process)
             if self._said.get(process.id) != line and process.state is not ProcessState.PENDING:

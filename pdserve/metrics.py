@@ -344,7 +344,15 @@ class ControllerMetrics:
             "How often processes of this system have been started again, since its controller started.",
             registry=registry,
         )
+        self._head_up = Gauge(
+            "pdserve_ray_head_up",
+            "1 while Ray's head answers the controller; without it nobody is replaced.",
+            registry=registry,
+        )
         self._known_states: set[tuple[str, str]] = set()
+
+    def set_head_up(self, is_up: bool) -> None:
+        self._head_up.set(is_up)
 
     def set_pool(self, pool: str, num_desired: int, num_by_state: Mapping[str, int]) -> None:
         """`num_by_state` names the states that occur; a state that occurred before falls to 0."""

@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.conditions import conditions
 from tests.faults.cancels import Cancels, cancel
+from tests.faults.head import lose_head
 from tests.faults.islands import why_not
 from tests.faults.network_cut import cut_while_under_way, system_on_islands
 from tests.faults.poison import poison, poisonable_system
@@ -31,6 +32,7 @@ from tests.small_models import SmallModel, make_model
 from tests.small_tokenizers import save_chat_folder
 
 OUTPUT = ROOT / "benchmarks" / "results" / "faults-cpu.json"
+HEAD_AWAY_S = 300.0
 MAX_DEATHS_PER_SYSTEM = 3
 """Of one process; with the next but one it would be given up."""
 
@@ -52,6 +54,9 @@ def main() -> int:
     if not options.rows or "poison" in options.rows:
         runs += run_poison(options.rounds)
     save(options.output, runs)
+    if not options.rows or "head" in options.rows:
+        runs += run_head(options.rounds)
+        save(options.output, runs)
     cancels = None
     if not options.rows or "client" in options.rows:
         cancels = run_cancels()
@@ -98,6 +103,16 @@ def run_poison(rounds: int) -> Iterator[Run]:
         for _ in range(rounds):
             with poisonable_system(model) as system:
                 run = asyncio.run(poison(system))
+            _say(run)
+            yield run
+
+
+def run_head(rounds: int) -> Iterator[Run]:
+    """On systems of their own, whose Ray nobody can bring back."""
+    with small_chat_model() as model:
+        for _ in range(rounds):
+            with private_pdserve() as pdserve, rehearsal(pdserve, model) as system:
+                run = asyncio.run(lose_head(system, HEAD_AWAY_S))
             _say(run)
             yield run
 

@@ -89,6 +89,8 @@ class FakeProcesses:
         self.missing: dict[str, str] = {}  # id -> shortage
         self.fatal: dict[str, str] = {}  # id -> what ends it while it starts
         self.start_s = START_S
+        self.able = asyncio.Event()
+        self.able.set()
         self._left_behind = left_behind
 
     def __getitem__(self, process_id: str) -> FakeProcess:
@@ -103,6 +105,9 @@ class FakeProcesses:
             return None
         self.made.append(process)
         return process
+
+    async def until_able(self) -> None:
+        await self.able.wait()
 
     def create(self, spec: ProcessSpec, previous: ProcessReport | None) -> FakeProcess:
         number = len(self.made) + (100 if self._left_behind else 0)
@@ -176,6 +181,30 @@ def test_a_dead_worker_leaves_the_membership_and_is_replaced() -> None:
         assert again.workers[1].num_restarts == 1
         assert dead.is_killed
         assert [member.incarnation for member in router.members.members] == [1, processes["decode-0"].number]
+        await controller.shut_down()
+
+    virtually(scenario())
+
+
+def test_a_dead_worker_is_replaced_when_rays_head_is_back() -> None:
+    async def scenario() -> None:
+        processes = FakeProcesses()
+        controller = Controller(deployment(), processes, VirtualClock())
+        ready = await follow_until(controller, SystemState.READY)
+        assert ready.has_head
+        processes.able.clear()
+        controller.note_head(False)
+        away = await controller.follow(ready.version)
+        assert (away.state, away.has_head) == (SystemState.READY, False)
+        processes["decode-0"].die()
+        lost = await controller.follow(away.version)
+        assert (lost.state, lost.workers[1].state) == (SystemState.DEGRADED, ProcessState.LOST)
+        await asyncio.sleep(MAX_DEATHS * STABLE_S)
+        assert len(processes.made) == 3
+        processes.able.set()
+        controller.note_head(True)
+        again = await follow_until(controller, SystemState.READY)
+        assert (again.has_head, again.workers[1].num_restarts) == (True, 1)
         await controller.shut_down()
 
     virtually(scenario())
