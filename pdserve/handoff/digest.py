@@ -32,6 +32,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from pdserve.handoff.passing_stores import LINE_BYTES, LINE_LANES, copy_lines, fence
+
 LANE_BYTES = 8
 RUN_LANES = 8192
 _MODULUS = 2**64
@@ -177,15 +179,27 @@ def _digest_in_run(lanes: Lanes, lane: int, weights: Lanes) -> np.uint64:
     return np.uint64(total * _run_weight(np.uint64(lane // RUN_LANES)))
 
 
+@_compiled(f"uint64(Array(uint64, 1, 'C'), {_LANES_TYPE}, int64)")
+def _copy_lane(target: Lanes, source: Lanes, lane: int) -> np.uint64:
+    """What was stored."""
+    value = np.uint64(source[lane])
+    target[lane] = value
+    return value
+
+
 @_compiled(f"uint64(Array(uint64, 1, 'C'), {_LANES_TYPE}, int64, {_LANES_TYPE})")
 def _copy_in_run(target: Lanes, source: Lanes, lane: int, weights: Lanes) -> np.uint64:
     """As `_digest_in_run`, of lanes that are copied: each is loaded once, and what is stored is digested."""
     column = lane % RUN_LANES
-    total = np.uint64(0)
-    for i in range(len(target)):
-        value = source[i]
-        target[i] = value
-        total += value * weights[column + i]
+    to_next_line = -target.ctypes.data % LINE_BYTES // LANE_BYTES
+    start = min(len(target), to_next_line)  # of whole lines
+    num_lines = (len(target) - start) // LINE_LANES
+    total = copy_lines(target, start, source, start, weights, column + start, num_lines)
+    stop = start + num_lines * LINE_LANES
+    for i in range(start):
+        total += _copy_lane(target, source, i) * weights[column + i]
+    for i in range(stop, len(target)):
+        total += _copy_lane(target, source, i) * weights[column + i]
     return np.uint64(total * _run_weight(np.uint64(lane // RUN_LANES)))
 
 
@@ -225,6 +239,7 @@ def _copy_parts(
             total += _copy_in_run(own[at:end], other[at + shift : end + shift], lane, weights)
             lane += end - at
             at = end
+    fence()
     return total
 
 

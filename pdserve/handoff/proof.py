@@ -20,6 +20,7 @@ class Proof:
         # Of every block, one bit per verified layer.
         self._verified = [self._all_layers] * num_held + [0] * (num_blocks - num_held)
         self._digests: dict[int, int] = {}  # segment index -> digest
+        self._under_way: dict[int, Segment] = {}  # by index
         self._num_proven = num_held
 
     @property
@@ -44,9 +45,13 @@ class Proof:
         """Whether this segment is verified already."""
         return index in self._digests
 
-    def require_new(self, segment: Segment) -> None:
-        """Raises ProtocolViolation when `segment` would write what is not its own: outside the reserved
-        blocks, or over KV that is verified already and may be in use."""
+    def is_under_way(self, index: int) -> bool:
+        """Whether this segment is being copied."""
+        return index in self._under_way
+
+    def begin(self, segment: Segment) -> None:
+        """`segment` will be copied. Raises ProtocolViolation when it would write what is not its own: outside
+        the reserved blocks, or over KV that another has brought or brings."""
         last = segment.first_block + segment.num_blocks
         if not self._num_held <= segment.first_block < last <= len(self._verified):
             raise ProtocolViolation(f"segment {segment.index} lies outside the reserved blocks")
@@ -55,15 +60,30 @@ class Proof:
         layers = _bits(segment.layers)
         if any(verified & layers for verified in self._verified[segment.first_block : last]):
             raise ProtocolViolation(f"segment {segment.index} brings KV that another one has brought")
+        if any(_overlap(segment, other) for other in self._under_way.values()):
+            raise ProtocolViolation(f"segment {segment.index} brings KV that another one brings")
+        self._under_way[segment.index] = segment
+
+    def fail(self, segment: Segment) -> None:
+        """The copy of `segment` did not match its digest."""
+        del self._under_way[segment.index]
 
     def add(self, segment: Segment) -> None:
         """`segment` is copied and its digest matched."""
+        del self._under_way[segment.index]
         self._digests[segment.index] = segment.digest
         layers = _bits(segment.layers)
         for block in range(segment.first_block, segment.first_block + segment.num_blocks):
             self._verified[block] |= layers
         while not self.is_whole and self._verified[self._num_proven] == self._all_layers:
             self._num_proven += 1
+
+
+def _overlap(one: Segment, other: Segment) -> bool:
+    """Whether two segments share a layer of a block."""
+    first = max(one.first_block, other.first_block)
+    stop = min(one.first_block + one.num_blocks, other.first_block + other.num_blocks)
+    return first < stop and bool(_bits(one.layers) & _bits(other.layers))
 
 
 def _bits(layers: LayerRange) -> int:

@@ -6,7 +6,8 @@ The life of one fetch:
 2. At `Starting` the listener reserves the whole prompt, or cannot: `Reserved` or `Busy`. After `Busy` the
    source asks again later.
 3. Each `Segment` is copied into the own blocks by our own hand, digested there and acknowledged; it may be
-   some layers only. Blocks that are whole, with all their predecessors, may enter the prefix cache at once.
+   some layers only. The next copy is lined up while one goes on. Blocks that are whole, with all their
+   predecessors, may enter the prefix cache at once.
 4. `FirstToken` is passed on as soon as it is read; it never waits for a copy.
 5. When `Sealed` has come and every segment is verified, nothing writes to the blocks any more and the
    listener is told: now the sequence may start.
@@ -20,7 +21,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from pdserve.contract.block_names import ChainRoot
 from pdserve.contract.errors import ProtocolViolation, StreamBroken, TransferCorrupt, error_from_info
@@ -46,10 +47,15 @@ from pdserve.handoff.transfer_times import TransferTimes
 from pdserve.handoff.transports.base import SegmentReceiver
 from pdserve.handoff.transports.negotiation import Transports
 from pdserve.metrics import WorkerMetrics
-from pdserve.tasks import task_scope
+from pdserve.tasks import TaskScope, task_scope
 
 MAX_WAITING_SEGMENTS = 1024
 """Far more than any source may have unacknowledged."""
+
+
+MAX_LINED_UP = 1
+"""Copies that wait behind the one that goes on, before the one that is about to: enough that the transfer
+thread never waits for us, and so few that the copies of several prompts take turns."""
 
 
 @dataclass(slots=True)
@@ -91,6 +97,14 @@ class FetchListener(Protocol):
         ...
 
 
+class _Copy(NamedTuple):
+    """A segment that is being copied."""
+
+    segment: Segment
+    begun_at: float
+    verified: asyncio.Task[bool]
+
+
 class PrefillFetch:
     """One attempt to get a prompt's KV from `address` into the blocks of `hold`."""
 
@@ -121,6 +135,9 @@ class PrefillFetch:
         self._num_layers = num_layers
         self.stats = FetchStats()
         self._segments: asyncio.Queue[Segment | Sealed] = asyncio.Queue()  # Sealed behind all of them
+        self._copies: asyncio.Queue[_Copy] = asyncio.Queue(MAX_LINED_UP)  # begun, and not answered
+        self._asked_again: set[int] = set()  # segments that did not match
+        self._last_copy_at = 0.0  # ended
         self._proof = Proof(0, num_layers, 0)  # until the prompt is reserved
         self._times = TransferTimes()
         self._stage_began_at = 0.0  # of waiting for our turn, then of the computation
@@ -190,10 +207,11 @@ class PrefillFetch:
         """Until Sealed has come and every segment is verified."""
         async with task_scope() as tasks:
             reader = tasks.create_task(self._read(stream))
-            copier = tasks.create_task(self._copy_segments(stream, receiver))
+            copier = tasks.create_task(self._copy_segments(stream, receiver, tasks))
+            answerer = tasks.create_task(self._answer_segments(stream))
             await self._proven.wait()
-            reader.cancel()
-            copier.cancel()
+            for task in (reader, copier, answerer):
+                task.cancel()
 
     async def _read(self, stream: MessageStream) -> None:
         """Nothing here waits for a copy."""
@@ -257,39 +275,53 @@ class PrefillFetch:
         if message.error is not None:
             raise error_from_info(message.error)
 
-    async def _copy_segments(self, stream: MessageStream, receiver: SegmentReceiver) -> None:
-        asked_again: set[int] = set()
+    async def _copy_segments(
+        self, stream: MessageStream, receiver: SegmentReceiver, tasks: TaskScope
+    ) -> None:
         while True:
-            match await self._segments.get():
+            message = await self._segments.get()
+            if isinstance(message, Sealed) or self._proof.is_under_way(message.index):
+                await self._copies.join()  # what is under way decides
+            match message:
                 case Sealed(num_segments):
-                    for index in set(range(num_segments)) - asked_again:
+                    for index in set(range(num_segments)) - self._asked_again:
                         if not self._proof.has(index):  # it never came
                             await stream.send(Ack(index, ok=False))
                 case Segment(index) if self._proof.has(index):  # said twice: the answer may have been lost
                     self._metrics.count_repeated_segment(self.stats.transport)
                     await stream.send(Ack(index))
-                case Segment(index) as segment:
-                    ok = await self._copy(segment, receiver)
-                    await stream.send(Ack(index, ok))
-                    if ok:
-                        self._prove(segment)
-                        self._conclude()
-                    else:
-                        asked_again.add(index)
+                case Segment() as segment:
+                    await self._copies.put(self._begin_copy(segment, receiver, tasks))
 
-    async def _copy(self, segment: Segment, receiver: SegmentReceiver) -> bool:
-        self._proof.require_new(segment)
-        started_at = self._clock.now()
+    def _begin_copy(self, segment: Segment, receiver: SegmentReceiver, tasks: TaskScope) -> _Copy:
+        self._proof.begin(segment)
         last = segment.first_block + segment.num_blocks
-        ok = await receiver.receive(segment, self._hold.block_ids[segment.first_block : last])
-        ended_at = self._clock.now()
-        seconds = ended_at - started_at
-        self._metrics.observe_segment(self.stats.transport, segment.num_bytes, seconds, ok)
+        copy = receiver.receive(segment, self._hold.block_ids[segment.first_block : last])
+        return _Copy(segment, self._clock.now(), tasks.create_task(copy))
+
+    async def _answer_segments(self, stream: MessageStream) -> None:
+        while True:
+            copy = await self._copies.get()
+            ok = await copy.verified
+            self._note_copy(copy, ok)
+            await stream.send(Ack(copy.segment.index, ok))
+            if ok:
+                self._prove(copy.segment)
+                self._conclude()
+            else:
+                self._proof.fail(copy.segment)
+                self._asked_again.add(copy.segment.index)
+            self._copies.task_done()
+
+    def _note_copy(self, copy: _Copy, ok: bool) -> None:
+        begun_at = max(copy.begun_at, self._last_copy_at)  # not while it waited for the one before it
+        ended_at = self._last_copy_at = self._clock.now()
+        num_bytes = copy.segment.num_bytes
+        self._metrics.observe_segment(self.stats.transport, num_bytes, ended_at - begun_at, ok)
         if ok:
-            self.stats.transfer_bytes += segment.num_bytes
-            self.stats.transfer_s += seconds
-            self._times.add(started_at, ended_at, segment.num_bytes)
-        return ok
+            self.stats.transfer_bytes += num_bytes
+            self.stats.transfer_s += ended_at - begun_at
+            self._times.add(begun_at, ended_at, num_bytes)
 
     def _prove(self, segment: Segment) -> None:
         self._proof.add(segment)

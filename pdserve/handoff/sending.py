@@ -67,7 +67,8 @@ from pdserve.tasks import task_scope
 class SendingSettings:
     window_segments: int = 8
     """How many segments may be unacknowledged."""
-    max_segment_bytes: int = 8 << 20
+    max_segment_bytes: int | None = None
+    """None: what suits the transport."""
     answer_patience_s: float = 0.1
     """How long a decode worker may take to answer Starting before other requests are started meanwhile."""
     answer_timeout_s: float = 10.0
@@ -98,8 +99,11 @@ class PrefillSource:
         self._metrics = metrics
         self._wake = wake
         self._settings = settings or SendingSettings()
-        # The unit of segments: one layer of one block.
-        self._max_segment_layers = self._settings.max_segment_bytes // (info.block_bytes // info.num_layers)
+
+    def max_segment_layers(self, sender: SegmentSender) -> int:
+        """The size of segments in their unit, one layer of one block."""
+        max_bytes = self._settings.max_segment_bytes or sender.max_segment_bytes
+        return max_bytes // (self._info.block_bytes // self._info.num_layers)
 
     @property
     def num_waiting_tokens(self) -> int:
@@ -353,8 +357,9 @@ class _PrefillCall:
 
     async def _ship(self, sender: SegmentSender) -> None:
         job = self._job
+        max_layers = self._source.max_segment_layers(sender)
         while not job.all_shipped:
-            shipment = job.next_shipment(self._settings.window_segments, self._source._max_segment_layers)
+            shipment = job.next_shipment(self._settings.window_segments, max_layers)
             if shipment is None:
                 await self._change(owed="acknowledge a segment" if job.num_unacknowledged else None)
             else:

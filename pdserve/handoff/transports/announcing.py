@@ -8,7 +8,7 @@ from pdserve.contract.errors import ProtocolViolation, StreamBroken
 from pdserve.contract.ids import BlockId
 from pdserve.contract.messages import Segment
 from pdserve.contract.work import LayerRange
-from pdserve.handoff.transports.base import LocalSide, TransferStats
+from pdserve.handoff.transports.base import SEGMENT_BYTES, LocalSide, TransferStats
 
 Digest = Callable[[Sequence[BlockId], LayerRange], int]
 """Of parts of the own pool; runs on the transfer thread."""
@@ -17,8 +17,9 @@ Digest = Callable[[Sequence[BlockId], LayerRange], int]
 class AnnouncingSender:
     """Says where the bytes lie and what their digest is. Implements `SegmentSender`."""
 
-    def __init__(self, side: LocalSide, digest: Digest) -> None:
+    def __init__(self, side: LocalSide, digest: Digest, max_segment_bytes: int = SEGMENT_BYTES) -> None:
         self.stats = TransferStats()
+        self.max_segment_bytes = max_segment_bytes
         self._side = side
         self._digest = digest
         self._sending = asyncio.Lock()

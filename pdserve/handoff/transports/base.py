@@ -15,7 +15,8 @@ Rules that every transport keeps:
 - The receiver digests what it has written to its own pool, so a read that raced a change at the source
   fails verification instead of being believed.
 - When `send` or `receive` returns or raises, even cancelled, no local copy touches the blocks any more.
-- Segments are sent one at a time, and received one at a time in the order in which they were sent.
+- Segments are sent one at a time. They are received in the order in which they were sent; `receive` may be
+  called for the next while earlier ones are under way, and then waits for its turn.
 
 What only one transport needs stays in its file; a new one implements `Transport` and nothing here changes.
 """
@@ -30,6 +31,10 @@ from pdserve.contract.messages import Segment, TransportChoice, TransportOffer
 from pdserve.contract.ports import BlockStore, Clock, EngineExecutor, MessageStream, Rng, Rpc
 from pdserve.contract.work import DeviceMemory, LayerRange
 from pdserve.handoff.digest import LANE_BYTES
+
+SEGMENT_BYTES = 8 << 20
+"""How large segments should be at most: so large that what each costs by itself hardly counts, so small that
+the first bytes need not wait and a resend is cheap."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,11 @@ class SegmentSender(Protocol):
 
     @property
     def stats(self) -> TransferStats: ...
+
+    @property
+    def max_segment_bytes(self) -> int:
+        """What suits the transport; larger segments are legal."""
+        ...
 
     async def send(
         self, index: int, first_block: int, block_ids: Sequence[BlockId], layers: LayerRange

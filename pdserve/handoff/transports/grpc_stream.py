@@ -19,7 +19,14 @@ from pdserve.contract.messages import End, Segment, TransportChoice, TransportOf
 from pdserve.contract.ports import Call, MessageStream
 from pdserve.contract.work import LayerRange
 from pdserve.handoff.digest import combine, digest
-from pdserve.handoff.transports.base import Accepted, Declined, LocalSide, SegmentReceiver, TransferStats
+from pdserve.handoff.transports.base import (
+    SEGMENT_BYTES,
+    Accepted,
+    Declined,
+    LocalSide,
+    SegmentReceiver,
+    TransferStats,
+)
 from pdserve.handoff.transports.kv_streams import MEETING_TIMEOUT_S, greet
 from pdserve.handoff.transports.pieces import Piece, cut
 from pdserve.handoff.transports.pool_bytes import PoolBytes
@@ -84,6 +91,7 @@ class _Sender:
 
     def __init__(self, side: LocalSide, pool: PoolBytes, forget: Callable[[], None]) -> None:
         self.stats = TransferStats()
+        self.max_segment_bytes = SEGMENT_BYTES
         self._side = side
         self._pool = pool
         self._forget = forget

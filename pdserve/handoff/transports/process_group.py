@@ -25,6 +25,7 @@ from pdserve.contract.ports import MessageStream
 from pdserve.contract.work import LayerRange
 from pdserve.handoff.digest import combine
 from pdserve.handoff.transports.base import (
+    SEGMENT_BYTES,
     Accepted,
     Declined,
     DeviceBlocks,
@@ -177,6 +178,7 @@ class _Sender:
 
     def __init__(self, side: LocalSide, staging: PoolStaging, forget: Callable[[], object]) -> None:
         self.stats = TransferStats()
+        self.max_segment_bytes = SEGMENT_BYTES
         self._side = side
         self._staging = staging
         self._forget = forget

@@ -39,6 +39,10 @@ MAX_IDLE_MAPPINGS = 8
 """How many pools stay mapped while no call uses them. A mapping costs two descriptors, and the first use
 of each of its pages a page fault."""
 
+MAX_SEGMENT_BYTES = 32 << 20
+"""No bytes wait in messages or buffers here, and copies are quick, so what a segment costs by itself counts
+for more than elsewhere."""
+
 
 class SharedMemoryTransport:
     """Implements `Transport`."""
@@ -68,7 +72,7 @@ class SharedMemoryTransport:
         if not _is_sealed(export.fd):
             return Declined("the pool's file is not sealed against shrinking")
         choice = TransportChoice(self.name, "same host", pool=export)
-        return Accepted(choice, AnnouncingSender(self._side, self._pool.digest))
+        return Accepted(choice, AnnouncingSender(self._side, self._pool.digest, MAX_SEGMENT_BYTES))
 
     async def connect(self, choice: TransportChoice, source_address: str) -> SegmentReceiver:
         if choice.pool is None:
@@ -94,12 +98,14 @@ class _Receiver:
         self._pool = pool
         self._mappings = mappings
         self._mapping: _Mapping | None = mapping
-        self._receiving = asyncio.Lock()
+        self._num_copies = 0  # under way, or waiting for the transfer thread
+        self._resting = asyncio.Event()
+        self._resting.set()
 
     async def receive(self, segment: Segment, block_ids: Sequence[BlockId]) -> bool:
         self._side.check_segment(segment, block_ids)
         started_at = self._side.clock.now()
-        async with self._receiving:
+        with self._copying():
             rows = self._rows(segment)
             job = functools.partial(self._pool.copy, rows, segment.source_blocks, block_ids, segment.layers)
             matched = await self._side.executor.copy(job) == segment.digest
@@ -107,10 +113,22 @@ class _Receiver:
         return matched
 
     async def close(self) -> None:
-        async with self._receiving:
-            mapping, self._mapping = self._mapping, None
+        mapping, self._mapping = self._mapping, None
+        await self._resting.wait()
         if mapping is not None:
             self._mappings.release(mapping)
+
+    @contextlib.contextmanager
+    def _copying(self) -> Iterator[None]:
+        """Copies take their turns at the transfer thread, where the next follows without a detour."""
+        self._num_copies += 1
+        self._resting.clear()
+        try:
+            yield
+        finally:
+            self._num_copies -= 1
+            if not self._num_copies:
+                self._resting.set()
 
     def _rows(self, segment: Segment) -> Rows:
         if self._mapping is None:

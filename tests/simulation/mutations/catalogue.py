@@ -164,14 +164,22 @@ MUTATIONS = (
     _bug(
         "publish before proven",
         "pdserve/handoff/receiving.py",
-        """                    ok = await self._copy(segment, receiver)
-                    await stream.send(Ack(index, ok))
-                    if ok:
+        """            ok = await copy.verified
+            self._note_copy(copy, ok)
+            await stream.send(Ack(copy.segment.index, ok))
+            if ok:
+                self._prove(copy.segment)
+                self._conclude()
+            else:
 """,
-        """                    self._prove(segment)
-                    ok = await self._copy(segment, receiver)
-                    await stream.send(Ack(index, ok))
-                    if ok:
+        """            self._prove(copy.segment)
+            ok = await copy.verified
+            self._note_copy(copy, ok)
+            await stream.send(Ack(copy.segment.index, ok))
+            if ok:
+                self._conclude()
+            else:
+                self._proof._under_way[copy.segment.index] = copy.segment
 """,
     ),
     _bug(
