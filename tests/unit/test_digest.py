@@ -139,7 +139,7 @@ def pool(num_rows: int, num_lanes: int, seed: int) -> np.ndarray[tuple[int, int]
     return np.random.default_rng(seed).integers(0, 256, (num_rows, num_lanes * LANE_BYTES), np.uint8)
 
 
-@pytest.mark.parametrize("num_lanes", [1, 3, 7, 8, 9, 17, 64, 1000, RUN_LANES, RUN_LANES + 1, 3 * RUN_LANES - 1])
+@pytest.mark.parametrize("num_lanes", [1, 7, 8, 9, 17, 1000, RUN_LANES, RUN_LANES + 1, 3 * RUN_LANES - 1])
 @pytest.mark.parametrize("first_lane", [0, 5, RUN_LANES - 1])
 def test_parts_of_rows_are_copied_and_digested(num_lanes: int, first_lane: int) -> None:
     """From some lanes of some rows into other lanes of other rows, and nothing beside them."""
