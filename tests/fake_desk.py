@@ -82,6 +82,8 @@ class FakeDesk:
     running: set[RequestId] = field(default_factory=set)
     closed: list[RequestId] = field(default_factory=list)
     """Requests that were closed before their end."""
+    reports: dict[RequestId, RequestReport] = field(default_factory=dict)
+    """What it has not forgotten."""
     num_ids: int = 0
     started: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the first request has come."""
@@ -99,7 +101,7 @@ class FakeDesk:
         return RequestId(f"fake-{self.num_ids}")
 
     def report(self, request_id: RequestId) -> RequestReport | None:
-        return None
+        return self.reports.get(request_id)
 
     async def generate(
         self, request_id: RequestId, request: GenerateRequest, closing: Closing | None = None

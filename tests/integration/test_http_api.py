@@ -22,11 +22,14 @@ from pdserve.contract.errors import (
     Unavailable,
     WorkerLost,
 )
+from pdserve.contract.ids import RequestId
 from pdserve.contract.sampling import FinishReason
 from pdserve.contract.tokens import pack_tokens, unpack_tokens
 from router.api_settings import ApiLimits, ApiSettings
 from router.http_api import create_app
 from router.http_server import serve_http
+from router.report_json import timings_json
+from router.request_reports import Origin, RequestReport
 from router.requests import OutputDelta, Readiness
 from router.text import TextModel
 from tests.fake_desk import MODEL_INFO, FakeDesk, Hold, Step, endless, say
@@ -264,6 +267,39 @@ async def test_a_stop_string_ends_text_and_work(system: System, stream: bool, pe
     assert "lo wor" in system.text.decode_ids(token_ids)
     assert "lo wor" not in system.text.decode_ids(token_ids[:-1])
     assert system.desk.closed == ["fake-1"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_timings_come_with_the_last_of_every_choice(system: System, path: str, stream: bool) -> None:
+    report = RequestReport(
+        request_id=RequestId("fake-1"),
+        origin=Origin(),
+        arrived_at=1_700_000_000.0,
+        num_prompt_tokens=1,
+        num_output_tokens=3,
+        attempts=(),
+        num_attempts=0,
+        recoveries={},
+        first_token_s=0.25,
+        second_token_s=0.5,
+        last_token_s=0.75,
+        ended_s=0.75,
+        outcome="length",
+        message=None,
+    )
+    system.desk.reports[report.request_id] = report  # the second choice's is forgotten
+    prompt = {"prompt": "the fox"} if path == "/v1/completions" else {"messages": USER}
+    body = {**prompt, "n": 2, "max_tokens": 3, "timings": True, "stream": stream}
+    answer = await system.http.post(path, json=body)
+    answer.raise_for_status()
+    events = [answer.json()] if not stream else []
+    events += [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+    choices = [choice for event in events for choice in event["choices"]]
+    told = {choice["index"]: choice["timings"] for choice in choices if choice["finish_reason"]}
+    assert told == {0: timings_json(report), 1: None}
+    assert not [choice for choice in choices if "timings" in choice and not choice["finish_reason"]]
+    assert [request.origin.choice for request in system.desk.requests] == [0, 1]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -7,9 +7,14 @@ import pytest
 
 from pdserve.contract.ids import RequestId, WorkerId
 from pdserve.contract.messages import RequestTimings
+from pdserve.contract.sampling import SamplingParams
+from pdserve.contract.tokens import pack_tokens
 from router.grpc_convert import timings_from
+from router.placement import Placement
+from router.progress import Progress
 from router.report_json import log_fields, report_json, timings_json
 from router.request_reports import (
+    MAX_ATTEMPTS,
     MAX_TEXT,
     AttemptReport,
     Origin,
@@ -17,6 +22,7 @@ from router.request_reports import (
     RequestReports,
     shortened,
 )
+from router.requests import Closing, GenerateRequest
 
 LOST = AttemptReport(
     number=1,
@@ -172,6 +178,23 @@ def test_a_log_line_is_flat_and_has_only_what_is_known() -> None:
     assert (fields["decode_worker"], fields["recoveries"]) == ("decode-0", "worker_lost:1")
     nothing = log_fields(replace(REPORT, attempts=(), recoveries={}, first_token_s=None))
     assert not {"decode_worker", "prefill_s", "first_token_s", "recoveries"} & set(nothing)
+
+
+def test_of_many_attempts_the_last_are_told_and_all_are_counted() -> None:
+    request = GenerateRequest(pack_tokens([5] * 33), SamplingParams(max_tokens=9), origin=REPORT.origin)
+    progress = Progress(RequestId("r-2"), request, 1, REPORT.arrived_at, 100.0, None, Closing())
+    for number in range(1, MAX_ATTEMPTS + 5):
+        attempt = progress.next_attempt(Placement(WorkerId("decode-0"), None, "local"), 100.0 + number)
+        attempt.ended("preempted", 100.5 + number, "x" * 10_000)
+        progress.recoveries["preempted"] += 1
+    report = progress.report()
+    assert (report.num_attempts, report.recoveries) == (MAX_ATTEMPTS + 4, {"preempted": MAX_ATTEMPTS + 4})
+    assert [attempt.number for attempt in report.attempts] == list(range(5, MAX_ATTEMPTS + 5))
+    assert {len(attempt.message or "") for attempt in report.attempts} == {MAX_TEXT}
+    # since when the first that is told had waited is not known; now it waits again, for one more
+    told = [(stage.name.value, stage.attempt, stage.start_s) for stage in report.stages]
+    assert told[:2] == [("prompt", 5, 5.0), ("router queue", 6, 5.5)]
+    assert told[-1] == ("router queue", MAX_ATTEMPTS + 5, MAX_ATTEMPTS + 4.5)
 
 
 @pytest.mark.parametrize("length", [0, MAX_TEXT, MAX_TEXT + 1, 10 * MAX_TEXT])
