@@ -1,4 +1,4 @@
-"""The command line: pdserve up | down | status | check | fault | generate | bench."""
+"""The command line: pdserve up | down | status | admin | check | fault | generate | bench."""
 
 import argparse
 import asyncio
@@ -24,6 +24,7 @@ examples:
   pdserve up --address auto --detach             on a running Ray cluster
   pdserve generate "Once upon a time"
   pdserve status --json
+  pdserve admin                                  the live page's URL, with its token
   pdserve check
   pdserve bench --rate 4 --count 200
   pdserve down
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_up(commands)
     _add_down(commands)
     _add_status(commands)
+    _add_admin(commands)
     _add_check(commands)
     _add_fault(commands)
     _add_generate(commands)
@@ -142,6 +144,15 @@ def _add_status(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--address", help="of the Ray cluster, for a system that was started on another machine"
     )
     status.set_defaults(run=_status)
+
+
+def _add_admin(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "show the URL of each router's live page, with the token that lets in whoever has it"
+    admin = _command(commands, "admin", text, "  pdserve admin\n")
+    admin.add_argument(
+        "--address", help="of the Ray cluster, for a system that was started on another machine"
+    )
+    admin.set_defaults(run=_admin)
 
 
 def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -344,6 +355,13 @@ def _status(options: argparse.Namespace) -> int:
     from controller.commands import show_status
 
     return asyncio.run(show_status(options.name or "default", options.address, options.json))
+
+
+def _admin(options: argparse.Namespace) -> int:
+    from controller.commands import show_admin
+
+    asyncio.run(show_admin(options.name or "default", options.address))
+    return 0
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from controller import head, running
+from controller.admin import AdminAccess
 from controller.ray_environment import prepare_ray
 from controller.status import SystemState
 from controller.terminal import integrity_table, say, table
@@ -42,6 +43,19 @@ async def show_status(name: str, address: str | None, as_json: bool) -> int:
         status = await controller.status()
     say(json.dumps(status.as_json(), indent=2) if as_json else table(status))
     return 0 if status.state is SystemState.READY else 1
+
+
+async def find_admin(name: str, address: str | None) -> AdminAccess:
+    """How to reach the routers' admin servers. Raises NotFound."""
+    async with _running_controller(name, address) as controller:
+        return await controller.admin_access()
+
+
+async def show_admin(name: str, address: str | None) -> None:
+    """Print the URL of each router's live page, which lets in whoever has it. Raises NotFound."""
+    access = await find_admin(name, address)
+    access.router(None)  # there is one
+    say("\n".join(f"{router.id}  {access.page_url(router)}" for router in access.routers))
 
 
 async def check_integrity(name: str, address: str | None, as_json: bool) -> int:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import ray
 
 from controller.actors import RayProcesses
+from controller.admin import AdminAccess
 from controller.controller import Controller
 from controller.discovery import DiscoveryPage
 from controller.head import HeadWatch
@@ -28,6 +29,7 @@ class ControllerActor:
     def __init__(self, deployment: Deployment) -> None:
         logs = deployment.config.logs
         set_up_logging("controller", logs.level, logs.format)
+        self._deployment = deployment
         context = ray.get_runtime_context()
         self._page = DiscoveryPage(deployment)
         self._page.serve()
@@ -44,6 +46,10 @@ class ControllerActor:
 
     async def status(self) -> SystemStatus:
         return replace(await self._controller.status(), targets_url=self._page.url)
+
+    async def admin_access(self) -> AdminAccess:
+        """How to reach the routers' admin servers, with the secret that they ask for."""
+        return AdminAccess.of(await self._controller.status(), self._deployment.admin_token)
 
     async def check_integrity(self) -> tuple[ProcessIntegrity, ...]:
         return await self._controller.check_integrity()

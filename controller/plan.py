@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from controller.status import ROUTER_POOL, ProcessReport, ProcessSpec
 from pdserve.config import DeployConfig, PoolConfig, ResourcesConfig
 from pdserve.contract.messages import Role
-from pdserve.rpc.credentials import Credentials, DeploymentToken, TlsIdentity
+from pdserve.rpc.credentials import AdminToken, Credentials, DeploymentToken, TlsIdentity
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,8 @@ class Deployment:
     token: DeploymentToken = field(default_factory=DeploymentToken.draw)
     """Drawn once: a restarted controller is created with the same deployment, and hands it to every router
     and worker that it creates."""
+    admin_token: AdminToken = field(default_factory=AdminToken.draw)
+    """As above, for the routers' admin servers."""
 
     @property
     def is_local(self) -> bool:

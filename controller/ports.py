@@ -9,29 +9,38 @@ takes its place.
 import contextlib
 import socket
 
-from pdserve.config import DeployConfig, RouterConfig
+from pdserve.config import DeployConfig
 from pdserve.contract.errors import ConfigError
 from router.listen import bind, why_not
 
 HTTP_SETTING = "HTTP port (--port)"
 GRPC_SETTING = "gRPC port (--grpc-port)"
+ADMIN_SETTING = "admin port (router.admin.port)"
 
 
 def hold_api_ports(config: DeployConfig, held: contextlib.ExitStack) -> DeployConfig:
     """The configuration with a port wherever a single router may take any; `held` lets go of all of them.
     Raises ConfigError for the first that is taken."""
     router = config.router
-    ports = {"http_port": _hold(router, router.http_port, HTTP_SETTING, held)}
-    if router.grpc_port is not None:
-        ports["grpc_port"] = _hold(router, router.grpc_port, GRPC_SETTING, held)
+
+    def hold(host: str, first: int | None, setting: str) -> int | None:
+        return None if first is None else _hold(host, first, router.replicas, setting, held)
+
+    ports = {
+        "http_port": hold(router.host, router.http_port, HTTP_SETTING),
+        "grpc_port": hold(router.host, router.grpc_port, GRPC_SETTING),
+        "admin": router.admin.model_copy(
+            update={"port": hold(router.admin.host, router.admin.port, ADMIN_SETTING)}
+        ),
+    }
     return config.model_copy(update={"router": router.model_copy(update=ports)})
 
 
-def _hold(router: RouterConfig, first: int, setting: str, held: contextlib.ExitStack) -> int:
+def _hold(host: str, first: int, num_routers: int, setting: str, held: contextlib.ExitStack) -> int:
     """The port of the first router. Several that may take any take theirs themselves, and it stays 0."""
-    if first == 0 and router.replicas > 1:
+    if first == 0 and num_routers > 1:
         return 0
-    ports = [_hold_one(router.host, first + index, setting, held) for index in range(router.replicas)]
+    ports = [_hold_one(host, first + index, setting, held) for index in range(num_routers)]
     return ports[0]
 
 

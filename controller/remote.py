@@ -8,6 +8,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from controller.actors import NAMESPACE, controller_name, stop_leftovers
+from controller.admin import AdminAccess
 from controller.controller_actor import ControllerActor
 from controller.integrity import ProcessIntegrity
 from controller.plan import Deployment
@@ -75,6 +76,11 @@ class RemoteController:
         status = await self._ask("status")
         assert isinstance(status, SystemStatus)
         return status
+
+    async def admin_access(self) -> AdminAccess:
+        access = await self._ask("admin_access")
+        assert isinstance(access, AdminAccess)
+        return access
 
     async def check_integrity(self) -> tuple[ProcessIntegrity, ...]:
         answers = await self._ask("check_integrity")

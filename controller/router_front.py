@@ -1,4 +1,4 @@
-"""A router put together with its HTTP and gRPC APIs and its metrics page. Never imports torch."""
+"""A router put together with its HTTP and gRPC APIs, its admin server and metrics. Never imports torch."""
 
 import asyncio
 import contextlib
@@ -6,11 +6,14 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from controller.addresses import node_name, reachable
+from starlette.types import ASGIApp
+
+from controller.addresses import advertised_host, node_name, reachable
 from controller.integrity import IntegrityReport, inspect
 from controller.metrics_page import serve_metrics
 from controller.model_files import fetch_text_files
 from controller.plan import ProcessPlan
+from controller.ports import ADMIN_SETTING
 from controller.status import ProcessReport
 from pdserve.clock import LoopClock, SystemRng
 from pdserve.contract.errors import ConfigError, InvalidRequest
@@ -19,6 +22,8 @@ from pdserve.contract.messages import Members
 from pdserve.contract.ports import Rpc
 from pdserve.faults import Faults, FaultyRpc
 from pdserve.rpc.grpc_rpc import GrpcRpc
+from router.admin.api import create_admin_app
+from router.admin.state import LiveState
 from router.admission import AdmissionLimits
 from router.api_settings import ApiLimits, ApiSettings
 from router.grpc_api import GrpcApi, serve_grpc
@@ -42,7 +47,7 @@ class RouterFront:
         """`faults`: what the router may suffer on purpose, where that is allowed."""
         self._plan = plan
         self._config = plan.deployment.config.router
-        clock = LoopClock()
+        self._clock = clock = LoopClock()
         rpc: Rpc = GrpcRpc(plan.deployment.credentials())
         if faults is not None:
             rpc = FaultyRpc(rpc, faults, clock)
@@ -51,6 +56,8 @@ class RouterFront:
             faults.export(self._router.registry)
         self._http: HttpServer | None = None
         self._grpc: GrpcApi | None = None
+        self._admin: HttpServer | None = None
+        self._live: LiveState | None = None
         self._metrics_url = ""
         self._takes = ""
 
@@ -58,17 +65,18 @@ class RouterFront:
         """Load the tokeniser and listen. Raises NotFound or ConfigError."""
         folder = await asyncio.to_thread(fetch_text_files, self._plan.deployment.model)
         text_model = await asyncio.to_thread(TextModel.load, folder)
+        self._takes = most_comfortable(text_model)
         await self._serve(text_model)
         self._metrics_url = serve_metrics(self._router.registry, self._plan.deployment)
-        self._takes = most_comfortable(text_model)
 
     def report(self) -> ProcessReport:
         return ProcessReport(
             pid=os.getpid(),
             node=node_name(),
-            address=self._reachable(self._http.port) if self._http else "",
+            address=self._reachable(self._config.host, self._http.port) if self._http else "",
             metrics_url=self._metrics_url,
-            grpc_address=self._reachable(self._grpc.port) if self._grpc else "",
+            grpc_address=self._reachable(self._config.host, self._grpc.port) if self._grpc else "",
+            admin_address=(self._reachable(self._config.admin.host, self._admin.port) if self._admin else ""),
             takes=self._takes,
             model=self._plan.deployment.model.served_name,
             epoch=self._router.fleet.epoch,
@@ -88,7 +96,9 @@ class RouterFront:
 
     async def stop(self) -> None:
         """Take no new requests, give open ones a moment, and let go of the workers."""
-        servers = [server for server in (self._http, self._grpc) if server is not None]
+        if self._live is not None:
+            await self._live.close()
+        servers = [server for server in (self._http, self._grpc, self._admin) if server is not None]
         await asyncio.gather(*[server.stop(STOP_GRACE_S) for server in servers])
         await self._router.close()
 
@@ -108,6 +118,21 @@ class RouterFront:
                 previous.grpc_address if previous else "",
                 lambda port: serve_grpc(self._router, text_model, host, port, settings, observer=observer),
             )
+        await self._serve_admin(app)
+
+    async def _serve_admin(self, api: ASGIApp) -> None:
+        config, previous, deployment = self._config.admin, self._plan.previous, self._plan.deployment
+        if config.port is None:
+            return
+        self._live = LiveState(self._router, self._clock, deployment.model.served_name, self._takes)
+        names = (config.host, advertised_host(deployment), *config.allowed_hosts)
+        app = create_admin_app(self._live, api, deployment.admin_token, names)
+        self._admin = await self._at_port(
+            config.port,
+            previous.admin_address if previous else "",
+            lambda port: serve_http(app, config.host, port, self._config.request_timeout_s, ADMIN_SETTING),
+        )
+        self._live.start()
 
     async def _at_port(
         self, configured: int, previous_address: str, serve: Callable[[int], Awaitable[T]]
@@ -121,8 +146,8 @@ class RouterFront:
                 return await serve(int(previous_address.rpartition(":")[2]))
         return await serve(0)
 
-    def _reachable(self, port: int) -> str:
-        return reachable(self._config.host, port, self._plan.deployment)
+    def _reachable(self, host: str, port: int) -> str:
+        return reachable(host, port, self._plan.deployment)
 
     def _router_settings(self) -> RouterSettings:
         admission = AdmissionLimits(**self._config.admission.model_dump())

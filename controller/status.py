@@ -65,6 +65,8 @@ class ProcessReport:
     """Decode workers: how KV came from each prefill worker the last time."""
     member: Member | None = None
     """Workers, once they listen."""
+    admin_address: str = ""
+    """Routers: host:port of the admin server, if there is one."""
     takes: str = ""
     """Routers: the most comfortable prompt that the model takes: ``chat``, ``text`` or ``tokens``."""
     model: str = ""
@@ -102,6 +104,7 @@ class ProcessStatus:
             has_url = report is not None and report.address
             fields["url"] = f"http://{report.address}" if report and has_url else None
             fields["grpc_address"] = (report.grpc_address or None) if report else None
+            fields["admin_address"] = (report.admin_address or None) if report else None
         else:
             counts = report.kv_blocks if report else None
             fields["kv_blocks"] = asdict(counts) if counts else None

@@ -89,7 +89,9 @@ def ready_text(status: SystemStatus, url: str, takes: str, is_demo: bool) -> str
         f"curl -sN {url}{path} -H 'Content-Type: application/json' \\\n  -d {shlex.quote(json.dumps(body))}"
     )
     expected = f"\nIt should answer: {prompt.answer}" if prompt else ""
-    return f"\npdserve serves {status.model} at {url}\n\nTry it:\n\n{curl}\n{expected}"
+    has_page = any(process.report is not None and process.report.admin_address for process in status.routers)
+    watch = "\nWatch it: `pdserve admin` shows the URL of the live page.\n" if has_page else ""
+    return f"\npdserve serves {status.model} at {url}\n\nTry it:\n\n{curl}\n{expected}{watch}"
 
 
 def table(status: SystemStatus) -> str:

@@ -235,6 +235,19 @@ class LimitsConfig(_Section):
     A client that lets more pile up is cut."""
 
 
+class AdminConfig(_Section):
+    """The admin server of each router: the [live page](live-page.md) and its JSON."""
+
+    host: str = "127.0.0.1"
+    """Where it listens, unencrypted: from elsewhere reach it through `ssh -L`, or put TLS in front of it."""
+    port: Port | None = 0
+    """Router i listens at this port plus i; 0 picks a free port, which `pdserve admin` shows, and `null`
+    turns it off."""
+    allowed_hosts: tuple[Annotated[str, Field(pattern=r"^[\w.-]+$")], ...] = ()
+    """Further names under which browsers reach it, such as that of a proxy in front of it. Loopback and
+    `host` are allowed anyway."""
+
+
 class RouterConfig(_Section):
     """The routers and the APIs they serve."""
 
@@ -261,6 +274,8 @@ class RouterConfig(_Section):
     """How much one router takes in."""
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
     """Most that one request may ask for."""
+    admin: AdminConfig = Field(default_factory=AdminConfig)
+    """The admin server of each router: the [live page](live-page.md) and its JSON."""
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     """What each router needs."""
 

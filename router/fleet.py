@@ -67,6 +67,8 @@ class WorkerView:
     """The prefix index counts what it holds."""
     booked: dict[object, Booked] = field(default_factory=dict)
     """Attempt -> what of it was sent here and is not done yet."""
+    num_output_tokens: int = 0
+    """That came from it to this router."""
 
     @property
     def identity(self) -> Identity:

@@ -48,11 +48,15 @@ class HttpServer:
 
 
 async def serve_http(
-    app: ASGIApp, host: str, port: int, request_timeout_s: float = REQUEST_TIMEOUT_S
+    app: ASGIApp,
+    host: str,
+    port: int,
+    request_timeout_s: float = REQUEST_TIMEOUT_S,
+    setting: str = "HTTP port (--port)",
 ) -> HttpServer:
     """Serve `app` on host:port; returns when connections are taken. A client whose request has not arrived
-    after `request_timeout_s` is cut. Raises ConfigError when the port cannot be had."""
-    listener = bind(host, port, "HTTP port (--port)")
+    after `request_timeout_s` is cut. Raises ConfigError with `setting` when the port cannot be had."""
+    listener = bind(host, port, setting)
     listener.listen(_BACKLOG)
     listener.setblocking(False)
     config = uvicorn.Config(

@@ -43,6 +43,7 @@ from router.fleet import Booked, Fate, Fleet, Identity, WorkerView
 from router.links import Links, Submission, SubmissionEnd, SubmissionTokens
 from router.placement import Candidate, Placement, choose
 from router.progress import Attempt, Progress
+from router.recent_times import RecentLatencies
 from router.report_json import log_fields
 from router.request_reports import RequestReports
 from router.requests import Closing, GenerateRequest, OutputDelta
@@ -76,6 +77,7 @@ class Journey:
         rng: Rng,
         metrics: RouterMetrics,
         reports: RequestReports,
+        recent: RecentLatencies,
         settings: JourneySettings,
     ) -> None:
         self._fleet = fleet
@@ -85,6 +87,7 @@ class Journey:
         self._rng = rng
         self._metrics = metrics
         self._reports = reports
+        self._recent = recent
         self._settings = settings
         self._num_placed = 0
         self._live: set[Progress] = set()
@@ -132,6 +135,7 @@ class Journey:
         self._admission.leave(progress.num_prompt)
         self._metrics.running_requests.dec()
         self._metrics.end_to_end.observe(progress.ended_at - progress.admitted_at)
+        self._recent.end_to_end.add(progress.ended_at - progress.admitted_at)
         self._metrics.count_end(outcome)
         report = progress.report()
         self._reports.end(report)
@@ -357,8 +361,10 @@ class Journey:
         if progress.last_token_at is None:
             progress.first_token_at = tokens.arrived_at
             self._metrics.time_to_first_token.observe(tokens.arrived_at - progress.admitted_at)
+            self._recent.time_to_first_token.add(tokens.arrived_at - progress.admitted_at)
         else:
             self._metrics.observe_inter_token(tokens.arrived_at - progress.last_token_at, num)
+            self._recent.add_tokens(tokens.arrived_at - progress.last_token_at, num)
         if num_tokens(progress.output) < 2 <= num_tokens(progress.output) + num:
             progress.second_token_at = tokens.arrived_at
             self._metrics.time_to_second_token.observe(tokens.arrived_at - progress.admitted_at)

@@ -47,6 +47,7 @@ from pdserve.contract.messages import (
     WatchOpen,
 )
 from pdserve.contract.ports import Call, Clock, MessageStream, Rpc
+from pdserve.contract.tokens import num_tokens
 from pdserve.metrics import RouterMetrics
 from pdserve.tasks import TaskScope, cancel_and_wait, task_scope
 from router.fleet import Fleet, WorkerView
@@ -295,6 +296,7 @@ class WorkerLink:
     def _deliver(self, events: tuple[TokenEvent, ...], timings: dict[SubmitNumber, RequestTimings]) -> None:
         now = self._clock.now()
         for event in events:
+            self._view.num_output_tokens += num_tokens(event.tokens)
             tokens = SubmissionTokens(event, timings.get(event.number), now)
             if event.finish is not None:
                 self._finish(event.number, tokens)

@@ -14,6 +14,7 @@ from router.admission import Admission, AdmissionLimits
 from router.fleet import Fleet
 from router.journey import Journey, JourneySettings
 from router.links import Links, LinkSettings, RouterIdentity
+from router.recent_times import RecentLatencies
 from router.request_reports import RequestReport, RequestReports
 from router.requests import Closing, GenerateRequest, OutputDelta, Readiness
 
@@ -36,6 +37,7 @@ class Router:
         self._rpc = rpc
         self.registry = CollectorRegistry()
         self.metrics = RouterMetrics(self.registry)
+        self.recent = RecentLatencies()
         self.fleet = Fleet()
         self._links = Links(self.identity, self.fleet, rpc, clock, self.metrics, settings.links)
         self.reports = RequestReports()
@@ -47,6 +49,7 @@ class Router:
             rng,
             self.metrics,
             self.reports,
+            self.recent,
             settings.journey,
         )
         self._num_requests = 0

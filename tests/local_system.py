@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from starlette.types import ASGIApp
+
 from controller.worker import Worker, WorkerSettings
 from pdserve.clock import LoopClock, SystemRng
 from pdserve.contract.ids import Incarnation, RouterId, WorkerId
@@ -16,7 +18,10 @@ from pdserve.contract.messages import Member, Members, Role, WorkerState
 from pdserve.engine.engine import ModelEngine
 from pdserve.engine.executor import ThreadExecutor
 from pdserve.engine.settings import EngineSettings
+from pdserve.rpc.credentials import AdminToken
 from pdserve.rpc.grpc_rpc import GrpcRpc
+from router.admin.api import create_admin_app
+from router.admin.state import LiveState
 from router.grpc_api import GrpcApi, serve_grpc
 from router.http_api import create_app
 from router.http_server import HttpServer, serve_http
@@ -24,6 +29,7 @@ from router.router import Router
 from router.text import TextModel
 from tests.credentials import OURS
 
+ADMIN_TOKEN = AdminToken("the token of the admin server")
 ROOT = Path(__file__).parent.parent
 
 
@@ -43,7 +49,7 @@ async def start_worker(name: str, role: Role, engine: ModelEngine, settings: Wor
 
 
 class LocalSystem:
-    """One router with its HTTP API, and workers in this process."""
+    """One router with its HTTP and gRPC APIs and its admin server, and workers in this process."""
 
     def __init__(
         self,
@@ -61,6 +67,9 @@ class LocalSystem:
         self._plan += [(f"decode-{i}", decode_role) for i in range(num_decode)]
         self._http: HttpServer | None = None
         self._grpc: GrpcApi | None = None
+        self._admin: HttpServer | None = None
+        self._admin_app: ASGIApp | None = None
+        self.live = LiveState(self.router, LoopClock(), "small", "chat")
         self._epoch = 0
 
     @property
@@ -73,21 +82,43 @@ class LocalSystem:
         assert self._grpc is not None
         return f"127.0.0.1:{self._grpc.port}"
 
+    @property
+    def admin_url(self) -> str:
+        assert self._admin is not None
+        return f"http://127.0.0.1:{self._admin.port}"
+
     async def __aenter__(self) -> "LocalSystem":
         await self.start_workers(self._plan)
         await self.push_members()
         text = TextModel.load(self._engine.model)
-        self._http = await serve_http(create_app(self.router, text), "127.0.0.1", 0)
+        api = create_app(self.router, text)
+        self._http = await serve_http(api, "127.0.0.1", 0)
         self._grpc = await serve_grpc(self.router, text, "127.0.0.1", 0)
+        self._admin_app = create_admin_app(self.live, api, ADMIN_TOKEN, ["admin.example"])
+        self.live.start()
+        await self.start_admin()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         assert self._http is not None
         assert self._grpc is not None
+        await self.live.close()
+        await self.stop_admin()
         await self._grpc.stop()
         await self._http.stop()
         await self.router.close()
         await self.stop_workers()
+
+    async def start_admin(self, port: int = 0) -> None:
+        assert self._admin_app is not None
+        self._admin = await serve_http(self._admin_app, "127.0.0.1", port)
+
+    async def stop_admin(self) -> int:
+        """The port that it had."""
+        assert self._admin is not None
+        port = self._admin.port
+        await self._admin.stop(grace_s=0)
+        return port
 
     async def start_workers(self, plan: Sequence[tuple[str, Role]]) -> None:
         for name, role in plan:

@@ -8,6 +8,7 @@ import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from pdserve.config import TlsConfig
 from pdserve.contract.errors import ConfigError
@@ -18,22 +19,32 @@ _MAX_FLIGHTS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class DeploymentToken:
-    """The secret that every call between routers and workers of a deployment carries.
-
-    It travels to them in the arguments of their actors. Nothing shows it: no repr, log, error or metric.
-    """
+class _Token:
+    """A secret that callers present. It travels to the processes of a deployment in the arguments of their
+    actors. Nothing shows it: no repr, log, error or metric."""
 
     secret: str = field(repr=False)
 
     @classmethod
-    def draw(cls) -> "DeploymentToken":
+    def draw(cls) -> Self:
         return cls(secrets.token_urlsafe(TOKEN_BYTES))
 
     def matches(self, presented: str | bytes) -> bool:
         """Whether `presented` is the secret, in a time that does not tell how much of it is right."""
         raw = presented if isinstance(presented, bytes) else presented.encode(errors="replace")
         return hmac.compare_digest(self.secret.encode(), raw)
+
+
+class DeploymentToken(_Token):
+    """What every call between routers and workers of a deployment carries."""
+
+    __slots__ = ()
+
+
+class AdminToken(_Token):
+    """What operators show to the routers' admin servers. Only `pdserve admin` tells it."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)

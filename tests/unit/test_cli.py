@@ -252,7 +252,7 @@ def test_the_launcher_holds_the_ports_of_its_router() -> None:
     with contextlib.ExitStack() as held:
         router = hold_api_ports(load_config(None, {"router.http_port": 0}), held).router
         assert router.http_port != router.grpc_port
-        for port in (router.http_port, router.grpc_port, router.http_port):
+        for port in (router.http_port, router.grpc_port, router.admin.port, router.http_port):
             assert port
             bind("127.0.0.1", port, "port").close()
         with pytest.raises(OSError), socket.socket() as foreign:
@@ -273,7 +273,17 @@ def test_several_routers_that_may_take_any_port_take_theirs_themselves() -> None
     with contextlib.ExitStack() as held:
         options = {"router.http_port": 0, "router.grpc_port": None, "router.replicas": 2}
         router = hold_api_ports(load_config(None, options), held).router
-    assert (router.http_port, router.grpc_port) == (0, None)
+    assert (router.http_port, router.grpc_port, router.admin.port) == (0, None, 0)
+
+
+def test_the_admin_port_is_held_at_its_own_host() -> None:
+    with socket.create_server(("127.0.0.2", 0)) as taken, contextlib.ExitStack() as held:
+        port = taken.getsockname()[1]
+        options = {"router.http_port": 0, "router.admin.host": "127.0.0.2", "router.admin.port": port}
+        with pytest.raises(
+            ConfigError, match=rf"port {port} on 127\.0\.0\.2 is in use: .*router\.admin\.port"
+        ):
+            hold_api_ports(load_config(None, options), held)
 
 
 # --- memory ---
