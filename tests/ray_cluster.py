@@ -25,7 +25,8 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 60.0
-"""Twice what a start may take; with the end's it stays below what pytest gives a test."""
+"""Twice what a start may take; with the end's it stays below what pytest gives a test, unless that says
+otherwise."""
 END_TIMEOUT_S = 40.0
 STAYING = "Press Ctrl-C to end it."
 
@@ -33,8 +34,9 @@ STAYING = "Press Ctrl-C to end it."
 class Up:
     """One `pdserve up` in the foreground, and what it has said so far."""
 
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
+    def __init__(self, process: "subprocess.Popen[str]", start_timeout_s: float = START_TIMEOUT_S) -> None:
         self.process = process
+        self._start_timeout_s = start_timeout_s
         self.lines: list[str] = []
         self.error_lines: list[str] = []
         self._has_ended = False
@@ -54,7 +56,7 @@ class Up:
 
     def wait_for(self, text: str, since: int = 0) -> None:
         """Until a line, the first `since` left out, contains `text`; fails when the command ends first."""
-        deadline = time.monotonic() + START_TIMEOUT_S
+        deadline = time.monotonic() + self._start_timeout_s
         with self._said_more:
             while not any(text in line for line in self.lines[since:]):
                 assert not self._has_ended, f"ended before {text!r}: {self.lines} {self.error_lines}"
@@ -96,6 +98,8 @@ class Pdserve:
 
     runtime: Path
     env: dict[str, str] = field(default_factory=dict)
+    start_timeout_s: float = START_TIMEOUT_S
+    """How long `up` may take for what is waited for."""
 
     def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
@@ -152,7 +156,7 @@ class Pdserve:
             cwd=ROOT,
             process_group=0,
         )
-        return Up(process)
+        return Up(process, self.start_timeout_s)
 
     @contextlib.contextmanager
     def up(self, *arguments: str) -> Iterator[Up]:
@@ -200,8 +204,9 @@ def end(system: Up) -> None:
         system.process.terminate()
         _, alive = psutil.wait_procs(family, END_TIMEOUT_S)
         for process in alive:
-            process.kill()
-        system.join()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    system.join()
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:

@@ -51,6 +51,8 @@ class Client:
     """Of one system, at `url`. Its own retries are off: what it sees is what there is."""
 
     def __init__(self, url: str, model: str) -> None:
+        self.begun = asyncio.Event()
+        """An answer has begun, or ended before it could."""
         self._model = model
         self._openai = openai.AsyncOpenAI(
             base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S
@@ -96,10 +98,13 @@ class Client:
                     answer.longest_pause_s = max(answer.longest_pause_s, now - seen_at)
                     seen_at = now
                     answer.tokens += (chunk.choices[0].model_extra or {}).get("token_ids", [])
+                    self.begun.set()
                     if pause_s:
                         await asyncio.sleep(pause_s)
         except (openai.OpenAIError, httpx.HTTPError) as error:  # the latter while a stream is read
             answer.error = f"{type(error).__name__}: {error}"
+        finally:
+            self.begun.set()
 
 
 def num_lost(asked: Sequence[Question], answers: Sequence[Answer]) -> int:

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -28,13 +29,15 @@ import psutil
 import yaml
 
 from tests.faults.load import Answer, Client, Question, num_lost, num_wrong, questions
-from tests.ray_cluster import ROOT, Pdserve, Up, actors, free_ports, title
+from tests.ray_cluster import END_TIMEOUT_S, ROOT, Pdserve, Up, actors, free_ports, title
 from tests.reference import greedy_reference
 from tests.small_models import SmallModel
 
 MODEL_NAME = "rehearsal"
 SETTLE_TIMEOUT_S = 60.0
 """How long a system may take until it is whole and at rest again; twice what a replacement takes here."""
+ANSWER_TIMEOUT_S = SETTLE_TIMEOUT_S + 30.0
+"""How long the controller may take for an answer; longer than it may be told to wait for news."""
 LOOK_S = 0.02
 """Between two looks at the books: nobody outside is told when a hold ends."""
 
@@ -87,7 +90,8 @@ class Run:
 
 
 class Console:
-    """Blocking questions to the controller of a running system."""
+    """Blocking questions to the controller of a running system. Each is answered in ANSWER_TIMEOUT_S, or
+    fails."""
 
     def __init__(self, pdserve: Pdserve) -> None:
         self._process = subprocess.Popen(
@@ -98,6 +102,8 @@ class Console:
             env=pdserve._env(),
             cwd=ROOT,
         )
+
+    def wait_until_ready(self) -> None:
         self._answer()
 
     def ask(self, **question: Any) -> dict[str, Any]:
@@ -107,10 +113,18 @@ class Console:
         return self._answer()
 
     def close(self) -> None:
-        self._process.communicate()
+        """It ends by itself, unless it hangs."""
+        try:
+            self._process.communicate(timeout=END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
+        # It says one line per question, so none waits in the stream's own buffer.
+        has_said, _, _ = select.select([self._process.stdout], [], [], ANSWER_TIMEOUT_S)
+        assert has_said, f"the controller has not answered for {ANSWER_TIMEOUT_S:g} s"
         line = self._process.stdout.readline()
         assert line, "the console has ended"
         answer: dict[str, Any] = json.loads(line)
@@ -121,10 +135,10 @@ class Console:
 class Rehearsal:
     """A system that allows faults. `run` takes it through one case."""
 
-    def __init__(self, pdserve: Pdserve, up: Up, model: SmallModel) -> None:
+    def __init__(self, up: Up, console: Console, model: SmallModel) -> None:
         self.up = up
         self._model = model
-        self._console = Console(pdserve)
+        self._console = console
 
     @property
     def url(self) -> str:
@@ -136,7 +150,7 @@ class Rehearsal:
         happen: Callable[[], Awaitable[None]] | None = None,
         heal: Callable[[], None] | None = None,
     ) -> Run:
-        """`happen` is what else is done while the requests run, `heal` when they have been answered."""
+        """`happen` is what else is done once the first answer has begun, `heal` when there are all."""
         before = await self.status()
         counted = await self._num_faults(before)
         asked = questions(case.num_requests, case.seed, case.prompt, case.output)
@@ -148,6 +162,7 @@ class Rehearsal:
             if "controller" in case.kills:
                 self._kill_controller(before)
             if happen is not None:
+                await client.begun.wait()
                 await happen()
             answers = await answering
             if heal is not None:
@@ -203,9 +218,6 @@ class Rehearsal:
     async def check(self) -> list[dict[str, Any]]:
         processes: list[dict[str, Any]] = (await self._ask(check=True))["processes"]
         return processes
-
-    def close(self) -> None:
-        self._console.close()
 
     async def _ask(self, **question: Any) -> dict[str, Any]:
         return await asyncio.to_thread(lambda: self._console.ask(**question))
@@ -292,12 +304,12 @@ def rehearsal(pdserve: Pdserve, model: SmallModel, *options: str, **sections: An
     """Two prefill and two decode workers, each with one port to come back to; `sections` replace those of the
     configuration. Nothing is left at the end."""
     file = write_config(pdserve.runtime, model, **sections)
-    with pdserve.up("--config", str(file), "--allow-faults", *options) as up:
-        system = Rehearsal(pdserve, up, model)
-        try:
-            yield system
-        finally:
-            system.close()
+    with (
+        pdserve.up("--config", str(file), "--allow-faults", *options) as up,
+        contextlib.closing(Console(pdserve)) as console,
+    ):
+        console.wait_until_ready()
+        yield Rehearsal(up, console, model)
 
 
 def write_config(folder: Path, model: SmallModel, **sections: Any) -> Path:
