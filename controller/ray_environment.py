@@ -18,6 +18,8 @@ _SETTINGS = {
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
     # Nothing of a request goes through the head, so they are served without it.
     "RAY_gcs_rpc_server_reconnect_timeout_s": str(HEAD_AWAY_S),
+    # Ray's own 15 is for batch work: whatever else runs on the machine would come long before who serves.
+    "RAY_worker_niceness": "0",
 }
 
 

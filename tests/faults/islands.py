@@ -29,6 +29,7 @@ from tests.ray_cluster import Up, end, free_ports
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",
+    "RAY_worker_niceness": "0",
 }
 NODES = ("a", "b")
 _NAMESPACES = Path("/run/netns")

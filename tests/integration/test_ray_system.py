@@ -254,6 +254,11 @@ def test_a_killed_controller_comes_back_and_finds_everybody(ray_system: RaySyste
     assert complete(ray_system.url, prompt, 6) == reference(ray_system.model, prompt, 6)
 
 
+def test_who_serves_comes_after_nobody_else_on_the_machine(ray_system: RaySystem) -> None:
+    mine = psutil.Process().nice()
+    assert {process.nice() for process in actors(ray_system.up)} == {mine}
+
+
 def test_the_name_is_taken(ray_system: RaySystem) -> None:
     line = ray_system.pdserve.refusal("up")
     assert "a system named 'default' runs already" in line
