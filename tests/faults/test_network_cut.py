@@ -12,7 +12,6 @@ from tests.small_models import make_model
 from tests.small_tokenizers import save_chat_folder
 
 
-@pytest.mark.namespaces
 @pytest.mark.timeout(300)  # three nodes of Ray start before the system does
 def test_a_cut_link_costs_time_and_nothing_else(tmp_path: Path) -> None:
     if reason := why_not():
