@@ -23,6 +23,10 @@ _BACKLOG = 2048
 REQUEST_TIMEOUT_S = 60.0
 """How long a client may take by default to send a whole request, its body included."""
 
+IDLE_TIMEOUT_S = 75.0
+"""How long a connection is kept for a client's next request. Longer than clients and proxies keep theirs (the
+official client 5 s, proxies up to 60 s): who closes first must be who sends, or a request meets the close."""
+
 MAX_HEAD_BYTES = 64 << 10
 """Of a request's first line and headers."""
 
@@ -67,6 +71,7 @@ async def serve_http(
         access_log=False,
         lifespan="off",
         server_header=False,
+        timeout_keep_alive=math.ceil(IDLE_TIMEOUT_S),
     )
     server = _EmbeddedServer(config)
     task = asyncio.create_task(server.serve(sockets=[listener]), name=f"http-{port}")

@@ -27,7 +27,7 @@ from pdserve.contract.sampling import FinishReason
 from pdserve.contract.tokens import pack_tokens, unpack_tokens
 from router.api_settings import ApiLimits, ApiSettings
 from router.http_api import create_app
-from router.http_server import serve_http
+from router.http_server import IDLE_TIMEOUT_S, serve_http
 from router.report_json import timings_json
 from router.request_reports import Origin, RequestReport
 from router.requests import OutputDelta, Readiness
@@ -761,6 +761,12 @@ async def test_stopping_the_server_ends_open_streams(text: TextModel) -> None:
         await asyncio.gather(asking, return_exceptions=True)
     assert desk.closed == ["fake-1"]
     assert seen.ended == [("completions", "cancelled", 499)]
+
+
+def test_an_idle_connection_is_closed_by_the_official_client_first() -> None:
+    kept_s = openai.DEFAULT_CONNECTION_LIMITS.keepalive_expiry
+    assert kept_s is not None
+    assert kept_s < IDLE_TIMEOUT_S
 
 
 async def test_a_port_in_use_is_named(text: TextModel) -> None:
