@@ -70,6 +70,7 @@ class Cluster:
             _start_local(self._num_processes)
         else:
             self._address = _join(self._address)
+        _stop_listening()
 
     def _close(self) -> None:
         ray.shutdown()
@@ -89,6 +90,14 @@ def _end_children() -> None:
 def _quiet() -> None:
     """Ray's own news are for its log files."""
     logging.getLogger("ray").setLevel(logging.CRITICAL)
+
+
+def _stop_listening() -> None:
+    """End Ray's thread for messages to drivers as soon as it is told anything; nobody is shown them, and when
+    the head is gone it would take a whole core."""
+    from ray._private.worker import global_worker  # not public, and nothing public does it
+
+    global_worker.threads_stopped.set()
 
 
 def _adopt_orphans() -> None:
