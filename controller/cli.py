@@ -1,4 +1,4 @@
-"""The command line: pdserve up | down | status | admin | check | fault | generate | bench."""
+"""The command line: pdserve up | down | status | top | admin | check | fault | generate | bench."""
 
 import argparse
 import asyncio
@@ -24,6 +24,7 @@ examples:
   pdserve up --address auto --detach             on a running Ray cluster
   pdserve generate "Once upon a time"
   pdserve status --json
+  pdserve top                                    workers, load and latency, live
   pdserve admin                                  the live page's URL, with its token
   pdserve check
   pdserve bench --rate 4 --count 200
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_up(commands)
     _add_down(commands)
     _add_status(commands)
+    _add_top(commands)
     _add_admin(commands)
     _add_check(commands)
     _add_fault(commands)
@@ -144,6 +146,15 @@ def _add_status(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--address", help="of the Ray cluster, for a system that was started on another machine"
     )
     status.set_defaults(run=_status)
+
+
+def _add_top(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    examples = "  pdserve top\n  pdserve top --once\n  pdserve top --router router-1\n"
+    top = _command(commands, "top", "show live what a router sees: workers, load and latency", examples)
+    top.add_argument("--once", action="store_true", help="show it once and end")
+    top.add_argument("--router", metavar="ID", help="which one sees it (default: the first)")
+    top.add_argument("--address", help="of the Ray cluster, for a system that was started on another machine")
+    top.set_defaults(run=_top)
 
 
 def _add_admin(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -355,6 +366,13 @@ def _status(options: argparse.Namespace) -> int:
     from controller.commands import show_status
 
     return asyncio.run(show_status(options.name or "default", options.address, options.json))
+
+
+def _top(options: argparse.Namespace) -> int:
+    from controller.commands import show_top
+
+    asyncio.run(show_top(options.name or "default", options.address, options.router, options.once))
+    return 0
 
 
 def _admin(options: argparse.Namespace) -> int:

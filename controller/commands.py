@@ -51,6 +51,14 @@ async def find_admin(name: str, address: str | None) -> AdminAccess:
         return await controller.admin_access()
 
 
+async def show_top(name: str, address: str | None, router_id: str | None, once: bool) -> None:
+    """Show what a router sees, once or until Ctrl-C. Raises NotFound or Unavailable."""
+    from controller.top import follow, show_once
+
+    access = await find_admin(name, address)
+    await (show_once if once else follow)(access, router_id)
+
+
 async def show_admin(name: str, address: str | None) -> None:
     """Print the URL of each router's live page, which lets in whoever has it. Raises NotFound."""
     access = await find_admin(name, address)

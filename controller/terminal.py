@@ -1,6 +1,7 @@
 """What a person at the terminal sees: progress, the URL, a table of processes. The only file that prints."""
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -13,6 +14,11 @@ from pdserve.demo import RecallPrompt, recall_prompt
 _DEMO_SEED = 7
 _DEMO_TOKENS = 120
 _MAX_TOKENS = 48
+
+# What terminals understand (ECMA-48 and xterm).
+_OTHER_SCREEN, _OWN_SCREEN = "\x1b[?1049h", "\x1b[?1049l"
+_NO_CURSOR, _CURSOR = "\x1b[?25l", "\x1b[?25h"
+_HOME, _CLEAR_LINE, _CLEAR_BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
 _HEAD_IS_GONE = (
     "Ray's head is gone: requests are served on, but what dies is not replaced, and after a while Ray ends "
     "everything (docs/runbook.md)"
@@ -49,6 +55,38 @@ def complain_as_told(text: str) -> None:
     """To stderr, what another pdserve has complained of."""
     sys.stderr.write(text)
     sys.stderr.flush()
+
+
+class Screen:
+    """A terminal that is written over again and again, and given back as it was. Where stdout is none, each
+    picture follows the one before."""
+
+    def __init__(self) -> None:
+        self._is_terminal = sys.stdout.isatty()
+
+    def __enter__(self) -> "Screen":
+        if self._is_terminal:
+            say_piece(_OTHER_SCREEN + _NO_CURSOR)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._is_terminal:
+            say_piece(_CURSOR + _OWN_SCREEN)
+
+    def show(self, lines: Sequence[str]) -> None:
+        """As many of the lines, and as much of each, as there is room for."""
+        if not self._is_terminal:
+            say("\n".join([*lines, ""]))
+            return
+        size = os.get_terminal_size(sys.stdout.fileno())
+        shown = [line[: size.columns] for line in _fitting(lines, size.lines)]
+        say_piece(_HOME + "\r\n".join(line + _CLEAR_LINE for line in shown) + _CLEAR_BELOW)
+
+
+def _fitting(lines: Sequence[str], room: int) -> Sequence[str]:
+    if len(lines) <= room:
+        return lines
+    return [*lines[: room - 1], f"and {len(lines) - room + 1} more lines: make the terminal higher"]
 
 
 class Progress:
@@ -90,20 +128,34 @@ def ready_text(status: SystemStatus, url: str, takes: str, is_demo: bool) -> str
     )
     expected = f"\nIt should answer: {prompt.answer}" if prompt else ""
     has_page = any(process.report is not None and process.report.admin_address for process in status.routers)
-    watch = "\nWatch it: `pdserve admin` shows the URL of the live page.\n" if has_page else ""
+    watch = (
+        "\nWatch it: `pdserve top`, or `pdserve admin` for the URL of the live page.\n" if has_page else ""
+    )
     return f"\npdserve serves {status.model} at {url}\n\nTry it:\n\n{curl}\n{expected}{watch}"
+
+
+def aligned(rows: Sequence[Sequence[str]], num_left: int) -> list[str]:
+    """One line per row of a table. The first `num_left` columns begin at the left, the others end right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        cells = zip(row, widths, strict=True)
+        return "  ".join(
+            cell.ljust(width) if index < num_left else cell.rjust(width)
+            for index, (cell, width) in enumerate(cells)
+        )
+
+    return [line(row).rstrip() for row in rows]
 
 
 def table(status: SystemStatus) -> str:
     """All processes, one per line."""
     rows = [["ID", "STATE", "PID", "NODE", "ADDRESS", "KV BLOCKS (free/cached/reserved/active)"]]
     rows += [_row(process) for process in status.processes]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     notes = [f"{p.id}: {p.message}" for p in status.processes if p.message]
     head = f"{status.name}: {status.state.value}, serves {status.model}"
     found = [f"Prometheus finds all of them at {status.targets_url}"] if status.targets_url else []
-    return "\n".join([head, *(line.rstrip() for line in lines), *_transports(status), *found, *notes])
+    return "\n".join([head, *aligned(rows, num_left=len(rows[0])), *_transports(status), *found, *notes])
 
 
 def integrity_table(name: str, answers: Sequence[ProcessIntegrity]) -> str:

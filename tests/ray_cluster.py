@@ -112,6 +112,10 @@ class Pdserve:
             check=False,
         )
 
+    def begin(self, *arguments: str, stdout: int = subprocess.PIPE) -> "subprocess.Popen[str]":
+        """A command that goes on."""
+        return subprocess.Popen(self._command(arguments), stdout=stdout, text=True, env=self._env(), cwd=ROOT)
+
     def refusal(self, *arguments: str) -> str:
         """The one line on stderr with which a command fails."""
         done = self.run(*arguments)
