@@ -25,6 +25,7 @@ from pdserve.contract.messages import (
     Failed,
     FirstToken,
     Frame,
+    Holding,
     Message,
     PrefillSource,
     Refused,
@@ -260,6 +261,13 @@ async def until(stream: MessageStream, kind: type) -> Message:
     return message
 
 
+async def answer_on(session: MessageStream) -> Message:
+    """The worker's next answer; what it says every second of what it holds may come in between."""
+    while isinstance(message := await session.receive(), Holding):
+        pass
+    return message
+
+
 async def queued(system: AttackedSystem) -> MessageStream:
     """A Prefill call whose turn cannot come: the worker that asks is silent about another one."""
     silent = await system.open_prefill(request_id=RequestId("silent"))
@@ -382,7 +390,7 @@ async def test_an_attempt_is_served_once_at_a_time(system: AttackedSystem) -> No
         stream = await system.open_session()
         await stream.send(system.submit(1, prefill=held))
         await stream.send(system.submit(2, request_id=RequestId("attack-1"), prefill=None))
-        answer = await stream.receive()
+        answer = await answer_on(stream)
         assert isinstance(answer, Refused)
         assert (answer.number, answer.error.code) == (2, ErrorCode.PROTOCOL)
         stream.cancel()
@@ -501,7 +509,7 @@ async def test_submits_with_absurd_values(system: AttackedSystem, where: str) ->
     for number, fields in enumerate(BAD_SUBMITS, start=1):
         submit = system.submit(number, **fields)
         await stream.send(replace(submit, prefill=None) if where == "local" else submit)
-        answer = await stream.receive()
+        answer = await answer_on(stream)
         assert isinstance(answer, Refused), shown(fields)
         assert answer.number == number
         assert answer.error.code in (ErrorCode.INVALID_REQUEST, ErrorCode.REQUEST_TOO_LONG), shown(fields)
@@ -536,7 +544,7 @@ async def test_a_prefill_call_with_no_transport_in_common(
 async def test_extreme_values_that_mean_something(system: AttackedSystem, fields: dict[str, object]) -> None:
     stream = await system.open_session()
     await stream.send(system.submit(**fields))
-    assert isinstance(await stream.receive(), Frame | Failed)
+    assert isinstance(await answer_on(stream), Frame | Failed)
     stream.cancel()
 
 
@@ -600,9 +608,9 @@ async def test_a_source_that_lies_fails_its_request_only(
     source = PrefillSource(WorkerId("liar"), server.address, Incarnation(1))
     stream = await system.open_session()
     await stream.send(system.submit(prefill=source))
-    answer = await stream.receive()
+    answer = await answer_on(stream)
     while isinstance(answer, Frame):  # a first token that was believable
-        answer = await stream.receive()
+        answer = await answer_on(stream)
     assert isinstance(answer, Failed)
     assert answer.lost_source
     assert answer.error.code is ErrorCode.PREFILL_FAILED
@@ -616,7 +624,7 @@ async def test_a_source_that_cannot_be_called(system: AttackedSystem, address: s
     source = PrefillSource(WorkerId("nobody"), address, Incarnation(1))
     stream = await system.open_session()
     await stream.send(system.submit(prefill=source))
-    answer = await stream.receive()
+    answer = await answer_on(stream)
     assert isinstance(answer, Failed)
     assert answer.error.code is ErrorCode.PREFILL_FAILED
     stream.cancel()
