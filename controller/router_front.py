@@ -126,7 +126,9 @@ class RouterFront:
             return
         self._live = LiveState(self._router, self._clock, deployment.model.served_name, self._takes)
         names = (config.host, advertised_host(deployment), *config.allowed_hosts)
-        app = create_admin_app(self._live, api, deployment.admin_token, names)
+        app = create_admin_app(
+            self._live, self._router.reports, api, deployment.admin_token, names, self._clock
+        )
         self._admin = await self._at_port(
             config.port,
             previous.admin_address if previous else "",

@@ -94,7 +94,9 @@ class LocalSystem:
         api = create_app(self.router, text)
         self._http = await serve_http(api, "127.0.0.1", 0)
         self._grpc = await serve_grpc(self.router, text, "127.0.0.1", 0)
-        self._admin_app = create_admin_app(self.live, api, ADMIN_TOKEN, ["admin.example"])
+        self._admin_app = create_admin_app(
+            self.live, self.router.reports, api, ADMIN_TOKEN, ["admin.example"]
+        )
         self.live.start()
         await self.start_admin()
         return self

@@ -17,7 +17,7 @@ from tests.small_tokenizers import byte_level_tokenizer
 
 KV_BYTES = 4 << 20
 TOKEN = {"authorization": f"Bearer {ADMIN_TOKEN.secret}"}
-DATA = ["/admin/state", "/admin/events", "/admin/api/v1/models"]
+DATA = ["/admin/state", "/admin/events", "/admin/requests", "/admin/requests/7", "/admin/api/v1/models"]
 PROMPT = {"model": "small", "prompt": list(range(40, 80)), "max_tokens": 8, "temperature": 0}
 PROMPT |= {"ignore_eos": True}
 
@@ -198,6 +198,44 @@ async def test_rates_show_who_is_at_work(client: httpx.AsyncClient, system: Loca
     assert prefill["output_tokens_per_s"] == 0
     assert state["requests"]["output_tokens_per_s"] == pytest.approx(decode["output_tokens_per_s"])
     assert state["requests"]["ended_per_s"] > 0
+
+
+async def test_a_request_is_reported_with_who_served_it_and_when(
+    client: httpx.AsyncClient, system: LocalSystem
+) -> None:
+    answer = await client.post(f"{system.url}/v1/completions", json=PROMPT)
+    request_id = answer.headers["x-request-id"]
+    report = (await client.get(f"/admin/requests/{request_id}", headers=TOKEN)).json()
+    assert (report["request_id"], report["outcome"]) == (request_id, "length")
+    assert (report["prompt_tokens"], report["output_tokens"]) == (40, 8)
+    (attempt,) = report["attempts"]
+    assert (attempt["prefill_worker"], attempt["decode_worker"]) == ("prefill-0", "decode-0")
+    assert {stage["name"] for stage in report["stages"]} >= {"prefill", "transfer", "decode"}
+    listed = (await client.get("/admin/requests", headers=TOKEN)).json()
+    assert listed["requests"] == [report]
+    assert listed["now"] >= report["arrived_at"]
+
+
+async def test_requests_are_listed_newest_first_and_those_that_run_before_all(
+    client: httpx.AsyncClient, system: LocalSystem
+) -> None:
+    ended = [
+        (await client.post(f"{system.url}/v1/completions", json=PROMPT)).headers["x-request-id"]
+        for _ in range(3)
+    ]
+    body = PROMPT | {"max_tokens": 80, "stream": True}
+    async with client.stream("POST", f"{system.url}/v1/completions", json=body) as running:
+        await anext(running.aiter_lines())
+        listed = (await client.get("/admin/requests", headers=TOKEN, params={"limit": 3})).json()["requests"]
+    assert [each["request_id"] for each in listed] == [running.headers["x-request-id"], *ended[:0:-1]]
+
+
+async def test_unknown_requests_and_wrong_limits_are_refused(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/admin/requests/none", headers=TOKEN)).status_code == 404
+    for limit in ("0", "-1", "1025", "x", "", "\u0661"):
+        answer = await client.get("/admin/requests", headers=TOKEN, params={"limit": limit})
+        assert answer.status_code == 400, limit
+        assert "'limit'" in answer.json()["error"]["message"]
 
 
 async def test_a_prompt_can_be_tried_through_the_routers_own_api(

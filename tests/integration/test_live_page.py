@@ -1,6 +1,7 @@
 """The live page in a real browser, on a router with real workers."""
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,21 @@ from playwright.async_api import Browser, Page, expect
 
 from pdserve.engine.settings import EngineSettings
 from tests.browser import chromium, needs_browser
+from tests.imagined_fleet import IDLE, ImaginedFleet
 from tests.local_system import ADMIN_TOKEN, LocalSystem
 from tests.small_models import SmallModel
 
 pytestmark = needs_browser
 
 PROMPT = "Tell me of the sea."
+NOTE_CHANGES = """() => {
+    window.changed = [];
+    const cardOf = ({ target }) => target.parentElement.closest(".card, .pool");
+    const nameOf = (record) => cardOf(record).querySelector("h3, h4").textContent;
+    const watcher = new MutationObserver((records) => window.changed.push(...records.map(nameOf)));
+    const anything = { subtree: true, childList: true, characterData: true, attributes: true };
+    watcher.observe(document.getElementById("fleet"), anything);
+}"""
 FAINT_TEXTS = Path(__file__).parents[1].joinpath("contrast.js").read_text()
 
 
@@ -159,8 +169,58 @@ async def test_a_prompt_is_tried_with_the_keyboard_alone(page: Page, system: Loc
     await page.keyboard.press("Enter")
     await expect(page.get_by_text("Complete: 24 tokens, the first after")).to_be_visible()
     assert await page.get_by_label("Answer").text_content() == expected
-    stages = page.get_by_role("list", name="When what happened").get_by_role("listitem")
-    await expect(stages).to_have_count(2)
+    here = page.get_by_role("list", name="When tokens came to this browser").get_by_role("listitem")
+    await expect(here).to_have_count(2)
+    there = page.get_by_role("list", name="When what happened at the router").get_by_role("listitem")
+    assert await there.all_inner_texts()
+    for stage in ("prefill", "transfer, exposed", "decode"):
+        await expect(there.get_by_text(stage, exact=True)).to_be_visible()
+
+
+async def test_recent_requests_open_to_a_waterfall_by_keyboard(page: Page, system: LocalSystem) -> None:
+    await open_page(page, system)
+    await expect(page.get_by_text("None yet.")).to_be_visible()
+    await the_answer(system, 8)
+    row = page.get_by_role("region", name="Recent requests").locator("summary")
+    await expect(row).to_have_count(1)
+    await expect(row).to_contain_text("length")
+    await expect(page.get_by_text("None yet.")).to_be_hidden()
+    bars = row.locator(".stage-bar")
+    lengths = [box["width"] for bar in await bars.all() if (box := await bar.bounding_box())]
+    assert len(lengths) >= 4
+    await row.focus()
+    await page.keyboard.press("Enter")
+    await expect(
+        page.get_by_text("Attempt 1: prompt at prefill-0, answer at decode-0; KV by ")
+    ).to_be_visible()
+    await expect(
+        page.get_by_role("list", name="When what happened").get_by_text("prefill queue")
+    ).to_be_visible()
+
+
+async def test_a_stopped_prompt_is_cancelled_everywhere(page: Page, system: LocalSystem) -> None:
+    await open_page(page, system)
+    await page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    await page.get_by_label("Most tokens").fill("200")
+    await page.get_by_role("button", name="Send").click()
+    await expect(page.get_by_role("list", name="When tokens came to this browser")).to_be_visible()
+    await page.get_by_role("button", name="Stop").click()
+    await expect(page.get_by_text("Stopped: ")).to_be_visible()
+    await expect(page.get_by_role("button", name="Stop")).to_be_disabled()
+    await system.at_rest()
+
+
+async def test_of_100_workers_only_what_changes_is_written(browser: Browser) -> None:
+    async with ImaginedFleet(50, 50) as fleet:
+        page = await (await browser.new_context()).new_page()
+        await page.goto(fleet.url)
+        await expect(page.get_by_role("listitem").filter(has_text="KV 0 % held")).to_have_count(100)
+        await page.evaluate(NOTE_CHANGES)
+        fleet.report("decode-31", replace(IDLE, running_sequences=7))
+        await expect(page.get_by_text("7 sequences", exact=True)).to_be_visible()
+        changed = await page.evaluate("window.changed")
+        await page.close()
+    assert set(changed) == {"decode-31", "Decode 50 of 50 workers ready"}
 
 
 async def test_what_the_router_refuses_is_told(page: Page, system: LocalSystem) -> None:
@@ -205,10 +265,11 @@ async def test_everything_that_acts_can_be_reached_by_tab_and_has_a_name(
 ) -> None:
     await open_page(page, system)
     reached = []
-    for _ in range(8):
+    for _ in range(12):
         await page.keyboard.press("Tab")
         reached.append(await page.evaluate("document.activeElement.id || document.activeElement.textContent"))
-    assert reached[:5] == ["Skip to the content", "prompt", "max-tokens", "temperature", "Send"]
+    links = ["Requests", "Workers", "Recent", "Try"]
+    assert reached[:9] == ["Skip to the content", *links, "prompt", "max-tokens", "temperature", "Send"]
     assert "answer" in reached
     levels = await page.evaluate(
         "[...document.querySelectorAll('#live :is(h2, h3, h4), h1')].map((each) => Number(each.tagName[1]))"

@@ -20,6 +20,12 @@ export function duration(seconds) {
   return seconds < 120 ? `${seconds.toFixed(2)} s` : `${Math.round(seconds / 60)} min`;
 }
 
+export function bytes(number) {
+  if (number < 1000) return `${number} B`;
+  const unit = number < 1e6 ? ["kB", 1e3] : number < 1e9 ? ["MB", 1e6] : ["GB", 1e9];
+  return `${(number / unit[1]).toFixed(1)} ${unit[0]}`;
+}
+
 export function percent(share) {
   return `${Math.round(share * 100)} %`;
 }

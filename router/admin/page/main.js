@@ -4,6 +4,7 @@ import { WrongToken, ask, forgetToken, knownToken, rememberToken } from "./acces
 import { Fields } from "./dom.js";
 import { Fleet } from "./fleet.js";
 import { eventData } from "./stream.js";
+import { Requests } from "./requests.js";
 import { Summary } from "./summary.js";
 import { TryPrompt } from "./try.js";
 
@@ -13,7 +14,7 @@ const LAST_RETRY_MS = 8000;
 const page = new Fields(document);
 const access = document.getElementById("access");
 const live = document.getElementById("live");
-const views = [new Summary(page), new Fleet(page), new TryPrompt(page)];
+const views = [new Summary(page), new Fleet(page), new Requests(), new TryPrompt(page)];
 
 access.addEventListener("submit", (event) => {
   event.preventDefault();

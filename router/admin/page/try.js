@@ -2,6 +2,7 @@
 
 import { ask } from "./access.js";
 import { duration, plural } from "./format.js";
+import { stagesOf } from "./stages.js";
 import { eventData } from "./stream.js";
 import { Waterfall } from "./waterfall.js";
 
@@ -19,8 +20,8 @@ export class TryPrompt {
     this.form = document.getElementById("try");
     this.answer = document.getElementById("answer");
     this.stop = document.getElementById("stop");
-    this.waterfall = new Waterfall(document.getElementById("try-waterfall"), "When what happened");
-    this.waterfall.update([]);
+    this.here = new Waterfall(document.getElementById("try-here"), "When tokens came to this browser");
+    this.there = new Waterfall(document.getElementById("try-there"), "When what happened at the router");
     this.form.addEventListener("submit", (event) => {
       event.preventDefault();
       this.#send();
@@ -41,11 +42,14 @@ export class TryPrompt {
     const running = (this.#running = new AbortController());
     const times = new Times();
     this.answer.textContent = "";
+    this.here.update([]);
+    this.there.update([]);
     this.stop.disabled = false;
     this.page.text("try-status", "Waiting for the first token");
     try {
-      await this.#stream(running.signal, times);
+      const requestId = await this.#stream(running.signal, times);
       this.page.text("try-status", `Complete: ${times.summary()}`);
+      await this.#showReport(requestId, running.signal);
     } catch (error) {
       if (running !== this.#running) return; // another one has begun
       const isStopped = running.signal.aborted;
@@ -54,6 +58,7 @@ export class TryPrompt {
     this.stop.disabled = true;
   }
 
+  /** Returns the request's id when the answer is complete. */
   async #stream(signal, times) {
     const [path, body] = this.#request();
     const response = await ask(API + path, {
@@ -64,7 +69,7 @@ export class TryPrompt {
     });
     if (!response.ok) throw new Error((await response.json()).error.message);
     for await (const data of eventData(response)) {
-      if (data === END) return;
+      if (data === END) return response.headers.get("x-request-id");
       const event = JSON.parse(data);
       if (event.error) throw new Error(event.error.message);
       for (const choice of event.choices) this.#add(choice, times);
@@ -96,7 +101,15 @@ export class TryPrompt {
     const shown = this.#takes === "tokens" ? ids.map((id) => `${id} `).join("") : text;
     if (shown) this.answer.append(shown);
     times.tokens(ids.length);
-    this.waterfall.update(times.stages());
+    this.here.update(times.stages());
+  }
+
+  /** What the router knows of it. */
+  async #showReport(requestId, signal) {
+    const response = await ask(`requests/${encodeURIComponent(requestId)}`, { signal });
+    if (!response.ok) return; // forgotten already
+    const report = await response.json();
+    this.there.update(stagesOf(report, report.last_token_s ?? 0));
   }
 }
 

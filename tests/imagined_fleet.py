@@ -1,0 +1,97 @@
+"""A router that believes in workers which are not there: the real thing would need a hundred processes."""
+
+from dataclasses import replace
+from random import Random
+
+from starlette.applications import Starlette
+
+from pdserve.clock import LoopClock, SeededRng
+from pdserve.contract.ids import Incarnation, RouterId, SubmitNumber, WorkerId
+from pdserve.contract.messages import Hello, Member, Members, Report, Role, WorkerLoad, WorkerState
+from pdserve.contract.work import BlockCounts, ModelInfo
+from pdserve.engine.fake_engine import FakeEngine
+from pdserve.rpc.credentials import AdminToken
+from pdserve.rpc.memory_rpc import MemoryNetwork, MemoryRpc
+from router.admin.api import create_admin_app
+from router.admin.state import LiveState
+from router.http_server import HttpServer, serve_http
+from router.router import Router
+
+NUM_BLOCKS = 1000
+IDLE = WorkerLoad(
+    WorkerState.READY, 0, 0, 0, 0, BlockCounts(NUM_BLOCKS, 0, 0, 0), 0, SubmitNumber(0), 0.0, 0.0
+)
+TOKEN = AdminToken("the token of an imagined system")
+
+
+class ImaginedFleet:
+    """Its router has a real admin server. What its workers report is told to its fleet as links would."""
+
+    def __init__(self, num_prefill: int, num_decode: int) -> None:
+        network = MemoryNetwork()
+        self.router = Router(RouterId("router-0"), MemoryRpc(network, "router-0"), LoopClock(), SeededRng(0))
+        self._model: ModelInfo = replace(FakeEngine(num_blocks=8).info, num_blocks=NUM_BLOCKS)
+        self._random = Random(1)
+        self._live = LiveState(self.router, LoopClock(), "an-imagined-model", "chat")
+        self._server: HttpServer | None = None
+        names = [(f"prefill-{i}", Role.PREFILL) for i in range(num_prefill)]
+        names += [(f"decode-{i}", Role.DECODE) for i in range(num_decode)]
+        self._enter(names)
+
+    @property
+    def url(self) -> str:
+        assert self._server is not None
+        return f"http://127.0.0.1:{self._server.port}/admin/#token={TOKEN.secret}"
+
+    async def __aenter__(self) -> "ImaginedFleet":
+        self._server = await serve_http(
+            create_admin_app(self._live, self.router.reports, Starlette(), TOKEN), "127.0.0.1", 0
+        )
+        self._live.start()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        assert self._server is not None
+        await self._live.close()
+        await self._server.stop()
+        await self.router.close()
+
+    def report(self, name: str, load: WorkerLoad) -> None:
+        """The worker tells its load."""
+        view = self.router.fleet.workers[WorkerId(name)]
+        report = Report(view.member.incarnation, (), (), 0, 0, load)
+        self.router.fleet.report(view, report, LoopClock().now())
+
+    def report_anything(self) -> None:
+        """Every worker tells another load than before."""
+        for worker_id, view in self.router.fleet.workers.items():
+            view.num_output_tokens += self._random.randrange(200)
+            self.report(worker_id, self._any_load(view.load or IDLE))
+
+    def _any_load(self, before: WorkerLoad) -> WorkerLoad:
+        draw = self._random.randrange
+        active, cached = draw(NUM_BLOCKS // 2), draw(NUM_BLOCKS // 2)
+        return replace(
+            before,
+            waiting_requests=draw(20),
+            waiting_tokens=draw(20_000),
+            running_sequences=draw(64),
+            running_context_tokens=draw(64_000),
+            blocks=BlockCounts(NUM_BLOCKS - active - cached, cached, 0, active),
+            step=before.step + draw(60),
+            prefill_tokens_per_s=float(draw(9000)),
+            decode_step_s=draw(50) / 1000,
+        )
+
+    def _enter(self, names: list[tuple[str, Role]]) -> None:
+        members = tuple(
+            Member(WorkerId(name), f"10.0.0.1:{number}", Incarnation(number), role, "", WorkerState.READY)
+            for number, (name, role) in enumerate(names, start=30000)
+        )
+        fleet = self.router.fleet
+        fleet.set_members(Members(1, members))
+        for view in fleet.workers.values():
+            member = view.member
+            fleet.hello(view, Hello(member.worker_id, member.incarnation, member.role, self._model, b""))
+            fleet.connected(view)
+            self.report(member.worker_id, IDLE)
