@@ -113,8 +113,8 @@ class _Receiver:
         return matched
 
     async def close(self) -> None:
-        mapping, self._mapping = self._mapping, None
         await self._resting.wait()
+        mapping, self._mapping = self._mapping, None  # not before: a close that is cancelled may be repeated
         if mapping is not None:
             self._mappings.release(mapping)
 
