@@ -1,107 +1,36 @@
 """The configuration of one deployment: one frozen value, validated at the door.
 
 It comes from a YAML file, from command-line options, or from both; nothing else in pdserve reads files or
-environment variables for its settings. `docs/configuration.md` is generated from this module.
+environment variables for its settings. `docs/configuration.md` is generated from its
+sections.
 """
 
 import difflib
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from pdserve.config_values import (
+    Bytes,
+    KvMemory,
+    Port,
+    PortRange,
+    Positive,
+    PositiveSeconds,
+    Section,
+    parse_bytes,
+)
 from pdserve.contract.errors import ConfigError
-from pdserve.contract.messages import Message
-from pdserve.contract.ports import Call
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
-_PORTS = re.compile(r"(\d{1,5})-(\d{1,5})")
-_LAST_PORT = 65535
-_LARGEST_SHARE = 0.95
-
-MESSAGE_NAMES = tuple("Kv" if kind is bytes else kind.__name__ for kind in get_args(Message))
-"""What travels between processes, by the names that `faults` uses; Kv is a piece of KV bytes."""
-FaultAction = Literal[
-    "kill", "freeze", "delay", "hang", "fail", "break", "cut", "corrupt", "lose", "repeat", "swap"
-]
-_AT_ANY_MESSAGE: tuple[FaultAction, ...] = ("kill", "freeze", "delay", "break", "cut")
-_ACTIONS_AT: Mapping[str, tuple[FaultAction, ...]] = {
-    "now": ("kill", "freeze"),
-    "step": ("kill", "freeze", "delay", "hang", "fail"),
-    "sent": _AT_ANY_MESSAGE,
-    "received": (*_AT_ANY_MESSAGE, "corrupt", "lose", "repeat", "swap"),
-}
+from pdserve.fault_config import FaultConfig as FaultConfig
 
 
-def parse_bytes(value: object) -> object:
-    """``512MiB``, ``2GB`` or a number of bytes. Raises ValueError for anything else."""
-    if not isinstance(value, str):
-        return value
-    match = _SIZE.fullmatch(value.strip())
-    if match is None:
-        raise ValueError(f"{value!r} is not a size: write for example 512MiB, 2GiB or 1000000")
-    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
-
-
-def _parse_kv_memory(value: object) -> object:
-    """``auto``, bytes as an int, or a fraction as a float. Raises ValueError for anything else."""
-    parsed = value if value == "auto" else parse_bytes(value)
-    is_size = isinstance(parsed, int) and not isinstance(parsed, bool) and parsed > 0
-    if parsed != "auto" and not is_size and not (isinstance(parsed, float) and 0 < parsed <= _LARGEST_SHARE):
-        raise ValueError(f"write auto, a size such as 512MiB, or a fraction up to {_LARGEST_SHARE}")
-    return parsed
-
-
-def _parse_ports(value: object) -> object:
-    """``30000-30999`` -> (30000, 30999)."""
-    if not isinstance(value, str):
-        return value
-    match = _PORTS.fullmatch(value.strip())
-    if match is None or not 0 < int(match[1]) <= int(match[2]) <= _LAST_PORT:
-        raise ValueError(f"{value!r} is not a range of ports: write for example 30000-30999")
-    return (int(match[1]), int(match[2]))
-
-
-def _check_event(value: str) -> str:
-    """Raises ValueError when no process has such an event."""
-    kind, _, message = value.partition(" ")
-    if value not in ("now", "step") and (kind not in ("sent", "received") or message not in MESSAGE_NAMES):
-        raise ValueError(
-            f"{value!r} is no event: write now, step, or sent or received and one of "
-            f"{', '.join(MESSAGE_NAMES)}"
-        )
-    return value
-
-
-Port = Annotated[int, Field(ge=0, le=_LAST_PORT)]
-Positive = Annotated[int, Field(ge=1)]
-PositiveSeconds = Annotated[float, Field(gt=0)]
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1)]
-KvMemory = Annotated[Literal["auto"] | int | float, BeforeValidator(_parse_kv_memory)]
-PortRange = Annotated[tuple[Port, Port], BeforeValidator(_parse_ports)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Which model is served, and as what."""
 
     path: str | None = None
@@ -121,7 +50,7 @@ class ModelConfig(_Section):
     """Run the Python code that comes with the checkpoint."""
 
 
-class EngineConfig(_Section):
+class EngineConfig(Section):
     """How every worker runs the model."""
 
     block_size: Positive = 16
@@ -155,7 +84,7 @@ class EngineConfig(_Section):
         return self
 
 
-class ResourcesConfig(_Section):
+class ResourcesConfig(Section):
     """What Ray must find on a node to place one actor there. All zero, as on a laptop: anywhere."""
 
     num_cpus: Annotated[float, Field(ge=0)] = 0.0
@@ -168,7 +97,7 @@ class ResourcesConfig(_Section):
     """Custom resources that the cluster's nodes offer, for example `{decode_node: 1}`."""
 
 
-class PoolConfig(_Section):
+class PoolConfig(Section):
     """One pool of equal workers."""
 
     replicas: Annotated[int, Field(ge=0)] = 1
@@ -179,7 +108,7 @@ class PoolConfig(_Section):
     """Environment variables of the workers' processes, for example `{HF_HOME: /data/hub}`."""
 
 
-class PoolsConfig(_Section):
+class PoolsConfig(Section):
     """The two pools. With no prefill worker the decode pool's workers are unsplit: they do both."""
 
     prefill: PoolConfig = Field(default_factory=PoolConfig)
@@ -194,7 +123,7 @@ class PoolsConfig(_Section):
         return self
 
 
-class AdmissionConfig(_Section):
+class AdmissionConfig(Section):
     """How much one router takes in; beyond it requests are refused at once with 429 and Retry-After."""
 
     max_requests: Positive = 4096
@@ -205,7 +134,7 @@ class AdmissionConfig(_Section):
     """When a refused client is told to try again."""
 
 
-class LimitsConfig(_Section):
+class LimitsConfig(Section):
     """Most that one request may ask for."""
 
     max_n: Positive = 128
@@ -235,7 +164,7 @@ class LimitsConfig(_Section):
     A client that lets more pile up is cut."""
 
 
-class AdminConfig(_Section):
+class AdminConfig(Section):
     """The admin server of each router: the [live page](live-page.md) and its JSON."""
 
     host: str = "127.0.0.1"
@@ -248,7 +177,7 @@ class AdminConfig(_Section):
     `host` are allowed anyway."""
 
 
-class RouterConfig(_Section):
+class RouterConfig(Section):
     """The routers and the APIs they serve."""
 
     replicas: Positive = 1
@@ -284,7 +213,7 @@ _UNENCRYPTED_TRANSPORTS = ("nixl", "process_group")
 """Those that reach other hosts over connections of their own."""
 
 
-class TlsConfig(_Section):
+class TlsConfig(Section):
     """Encrypts the calls between routers and workers, and lets each check the other's certificate. Every node
     has the files at the same paths; the content may differ from node to node. See [security](security.md)."""
 
@@ -311,7 +240,7 @@ class TlsConfig(_Section):
 Transport = Literal["shared_memory", "cuda_ipc", "process_group", "nixl", "grpc"]
 
 
-class NetworkConfig(_Section):
+class NetworkConfig(Section):
     """Between routers and workers."""
 
     address: str = "auto"
@@ -345,7 +274,7 @@ class NetworkConfig(_Section):
         return self
 
 
-class RayConfig(_Section):
+class RayConfig(Section):
     """The Ray cluster that everything runs on."""
 
     address: str | None = None
@@ -356,7 +285,7 @@ class RayConfig(_Section):
     Raise it where the cluster grows on demand."""
 
 
-class LogsConfig(_Section):
+class LogsConfig(Section):
     """What processes write to their logs (in Ray's session folder)."""
 
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
@@ -365,57 +294,7 @@ class LogsConfig(_Section):
     """`text` for people, `json` for programs: one object per line."""
 
 
-class FaultConfig(_Section):
-    """Faults that processes are to suffer, for rehearsals: [game days](game-days.md) has the events, the
-    actions and which go together. Refused unless `pdserve up --allow-faults`."""
-
-    process: Annotated[str, Field(pattern=r"^(router|prefill|decode|unsplit)(-\d+)?$")]
-    """Which process, for example `decode-0`; a pool (`decode`) means each of its processes."""
-    at: Annotated[str, AfterValidator(_check_event)]
-    """The event: `sent` or `received` and a message's name, for example `sent Reserved`; `step`; or `now`,
-    once it serves."""
-    do: FaultAction
-    """What happens then."""
-    nth: Positive = 1
-    """The event's number in that process from which on it happens."""
-    count: Positive = 1
-    """At how many such events in a row it happens."""
-    seconds: PositiveSeconds | None = None
-    """How long a `delay` or a `cut` lasts, which need it, or a `freeze` or a `hang`; those have no end of
-    their own without it."""
-    stream: Call | None = None
-    """Messages: only those of this kind of stream. Empty: of all."""
-    token: Annotated[int, Field(ge=0)] | None = None
-    """`step`: only steps that compute this token, as those of one poisonous prompt. Empty: all."""
-    in_replacements: bool = False
-    """Also in the processes that replace those that died."""
-
-    def is_for(self, process_id: str) -> bool:
-        """Whether the process of that id (`decode-0`) is to suffer it."""
-        return self.process in (process_id, process_id.rpartition("-")[0])
-
-    @model_validator(mode="after")
-    def _action_fits_event(self) -> "FaultConfig":
-        kind, _, message = self.at.partition(" ")
-        if self.do not in _ACTIONS_AT[kind]:
-            allowed = ", ".join(_ACTIONS_AT[kind])
-            raise ValueError(f"do: {self.do} cannot happen at {self.at!r}: allowed there are {allowed}")
-        if self.do == "corrupt" and message not in ("Segment", "Kv"):
-            raise ValueError(
-                "do: corrupt is for what carries KV: at must be 'received Segment' or 'received Kv'"
-            )
-        if self.seconds is None and self.do in ("delay", "cut"):
-            raise ValueError(f"do: {self.do} needs seconds: how long it lasts")
-        if self.seconds is not None and self.do not in ("delay", "cut", "freeze", "hang"):
-            raise ValueError(f"do: {self.do} takes no seconds: leave them out")
-        if self.token is not None and self.at != "step":
-            raise ValueError("token is for at: step: leave it out")
-        if self.stream is not None and not message:
-            raise ValueError("stream is for at: sent or received: leave it out")
-        return self
-
-
-class DeployConfig(_Section):
+class DeployConfig(Section):
     """A whole deployment. Every key may be left out."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")] = "default"

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from pdserve.config import DeployConfig, parse_bytes, section_of
+from pdserve.config import DeployConfig, section_of
+from pdserve.config_values import parse_bytes
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
