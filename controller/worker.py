@@ -2,11 +2,13 @@
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry
 
+from controller.departure import Departure
 from controller.integrity import Holder, IntegrityReport, inspect
 from decode_worker.loop import DecodeLoop, DecodeSettings
 from decode_worker.streams import SessionServer
@@ -25,6 +27,9 @@ from pdserve.metrics import WorkerMetrics
 from pdserve.rpc.watch import WatchServer
 from pdserve.tasks import cancel_and_wait, outlast
 from prefill_worker.loop import PrefillLoop
+
+FAREWELL_S = 0.5
+"""How long a worker that has nothing left waits for its routers to read its last words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,7 @@ class Worker:
         self._info = engine.info
         self._executor = WatchedExecutor(executor, engine.cost, clock)
         self._rpc = rpc
+        self._clock = clock
         self._server: RpcServer | None = None
         self._running: asyncio.Task[None] | None = None
         self._over = asyncio.Event()  # the loop has ended, or will never go on
@@ -95,6 +101,7 @@ class Worker:
         )
         self._sessions: SessionServer | None = None
         self.loop = self._make_loop(engine, clock, settings)
+        self._departure = Departure(clock, self._give_back, self._emptied)
         self._watches = WatchServer(self._hello(), self._allocator, self.load, clock)
         self._export_gauges()
 
@@ -139,6 +146,17 @@ class Worker:
     def block_counts(self) -> BlockCounts:
         return self.ledger.counts()
 
+    def drain(self, deadline_s: float) -> None:
+        """Take no new work, finish what runs, and end: `ended` returns then. What is not finished after
+        `deadline_s` goes back to its routers, which place it elsewhere. Asked again, the earliest deadline
+        counts."""
+        if self.state in (WorkerState.READY, WorkerState.DRAINING):
+            self.state = WorkerState.DRAINING
+            self.calls.draining = True
+            if isinstance(self.loop, DecodeLoop):
+                self.loop.draining = True
+            self._departure.call(deadline_s)
+
     async def stop(self, grace_s: float = 0.0) -> None:
         """Break all streams and end the loop; every hold is released."""
         self.state = WorkerState.STOPPED
@@ -151,8 +169,8 @@ class Worker:
         await self._executor.close()
 
     async def ended(self) -> None:
-        """Wait until the engine loop is over or will never go on, and raise why. Only `stop` ends it in good
-        order."""
+        """Wait until the engine loop is over or will never go on, and raise why. `drain` and `stop` end it in
+        good order."""
         await self._over.wait()
         if self._failure is not None:
             raise self._failure
@@ -183,27 +201,45 @@ class Worker:
         assert not stray, f"held by no living call: {', '.join(stray)}"
 
     async def _run(self, server: RpcServer) -> None:
-        """The engine loop. When it fails or its engine hangs, all streams break at once: nobody waits for a
-        worker that will never step again."""
+        """The engine loop, until it has been drained. When it fails or its engine hangs, all streams break at
+        once: nobody waits for a worker that will never step again."""
         looping = asyncio.create_task(self.loop.run())
         watching = asyncio.create_task(self._executor.watch())
+        leaving = asyncio.create_task(self._departure.over())
+        tasks = (looping, watching, leaving)
         try:
-            await asyncio.wait({looping, watching}, return_when=asyncio.FIRST_COMPLETED)
-            self._failure = (looping if looping.done() else watching).exception()
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            self._failure = next(task for task in tasks if task.done()).exception()
             self.state = WorkerState.STOPPED
-            self._over.set()
+            if self._failure is not None:
+                self._over.set()
             await server.stop(0.0)
         finally:
             self._over.set()
-            looping.cancel()
-            watching.cancel()
+            for task in tasks:
+                task.cancel()
             try:
-                await outlast(looping, watching)
+                await outlast(*tasks)
             finally:
-                for task in (looping, watching):  # what fails after the first failure is no news
+                for task in tasks:  # what fails after the first failure is no news
                     if task.done() and not task.cancelled():
                         task.exception()
                 await self.loop.over()
+
+    def _give_back(self) -> None:
+        self.calls.give_back()
+        if isinstance(self.loop, DecodeLoop):
+            self.loop.give_back()
+
+    async def _emptied(self) -> None:
+        """Nothing is left here, and the routers have been told so, those that still listen."""
+        await self.calls.emptied()
+        if isinstance(self.loop, DecodeLoop):
+            await self.loop.emptied()
+        if self._sessions is not None:
+            with suppress(TimeoutError):
+                async with self._clock.timeout(FAREWELL_S):
+                    await self._sessions.flushed()
 
     def _make_loop(self, engine: Engine, clock: Clock, settings: WorkerSettings) -> Loop:
         if self.role is Role.PREFILL:

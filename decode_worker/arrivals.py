@@ -28,6 +28,10 @@ from pdserve.tasks import outlast
 log = logging.getLogger(__name__)
 
 
+_PASSED_ON = (ErrorCode.REQUEST_TOO_LONG, ErrorCode.FINGERPRINT_MISMATCH, ErrorCode.DRAINING)
+"""Errors of a source that the router acts upon; any other is a failed prefill to it."""
+
+
 class RequestEvents(Protocol):
     """What the loop does with what arrives."""
 
@@ -130,7 +134,7 @@ class Arrivals:
     def _failed(self, request: DecodeRequest, source: PrefillSource, error: ErrorInfo) -> None:
         if request.phase not in (Phase.WAITING, Phase.RECEIVING):
             return  # everything had arrived; how the call ended does not matter any more
-        if error.code not in (ErrorCode.REQUEST_TOO_LONG, ErrorCode.FINGERPRINT_MISMATCH):
+        if error.code not in _PASSED_ON:
             error = PrefillFailed(f"prefill at {source.worker_id} failed: {error.message}").info
         self._events.source_failed(request, error)
 

@@ -12,6 +12,7 @@ from decode_worker.scheduler import PrefillQuota, plan_chunks
 from pdserve.contract.block_names import ChainRoot
 from pdserve.contract.errors import (
     DeadlineExceeded,
+    Draining,
     ErrorCode,
     ErrorInfo,
     InvalidRequest,
@@ -19,7 +20,6 @@ from pdserve.contract.errors import (
     Preempted,
     Replayed,
     RequestTooLong,
-    Unavailable,
 )
 from pdserve.contract.ids import SubmitNumber, WorkerId
 from pdserve.contract.messages import CancelReason, Failed, PairTransport, Refused, Submit, TokenEvent
@@ -97,6 +97,7 @@ class DecodeLoop:
         self.prefill_tokens_per_s = 0.0
         self.decode_step_s = 0.0
         self.draining = False
+        """Whoever submits is refused."""
         self._worker_id = worker_id
         self._info = info
         self._cost = cost
@@ -157,6 +158,15 @@ class DecodeLoop:
     def held(self, sink: TokenSink) -> tuple[SubmitNumber, ...]:
         """What came through a Session and has not ended."""
         return tuple(request.number for request in self._requests if request.sink is sink)
+
+    def give_back(self) -> None:
+        """Send every request back to its router, which places it elsewhere."""
+        for request in self._requests:
+            self._fail(request, Draining(f"{self._worker_id} ends before the request does").info)
+
+    async def emptied(self) -> None:
+        """Wait until no request is left."""
+        await self._requests.emptied()
 
     # What the worker tells.
 
@@ -333,7 +343,7 @@ class DecodeLoop:
 
     def _refusal(self, submit: Submit) -> PdserveError | None:
         if self.draining:
-            return Unavailable(f"{self._worker_id} is draining")
+            return Draining(f"{self._worker_id} is draining")
         if self._requests.has_attempt(submit.request_id, submit.attempt):
             return Replayed(f"attempt {submit.attempt} of {submit.request_id} is being served here already")
         try:

@@ -6,6 +6,7 @@ sequence keeps room to grow. When a running sequence finds none, the newest rese
 router, then the newest running sequence; the oldest never.
 """
 
+import asyncio
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ class LiveRequests:
     def __init__(self) -> None:
         self._requests: dict[tuple[TokenSink, SubmitNumber], DecodeRequest] = {}
         self._attempts: set[tuple[RequestId, int]] = set()
+        self._emptied = asyncio.Event()
 
     def __iter__(self) -> Iterator[DecodeRequest]:
         return iter(list(self._requests.values()))
@@ -49,10 +51,18 @@ class LiveRequests:
     def remove(self, request: DecodeRequest) -> None:
         del self._requests[request.sink, request.number]
         self._attempts.remove((request.submit.request_id, request.submit.attempt))
+        if not self._requests:
+            self._emptied.set()
 
     def has_attempt(self, request_id: RequestId, attempt: int) -> bool:
         """Whether this attempt is among them, whoever submitted it."""
         return (request_id, attempt) in self._attempts
+
+    async def emptied(self) -> None:
+        """Wait until there is none."""
+        while self._requests:
+            self._emptied.clear()
+            await self._emptied.wait()
 
     def put_last(self, request: DecodeRequest) -> None:
         """As if it had come after all others."""

@@ -106,6 +106,11 @@ class SessionServer:
         session = self._sessions.get(router)
         return session.last_submit if session is not None else SubmitNumber(0)
 
+    async def flushed(self) -> None:
+        """Wait until all that the open Sessions have to say has been sent."""
+        for session in list(self._sessions.values()):
+            await session.outgoing.join()
+
     async def serve(self, stream: MessageStream) -> None:
         """Handler of `Call.SESSION`."""
         opened = await stream.receive()
@@ -178,3 +183,4 @@ class SessionServer:
     async def _write(stream: MessageStream, session: RouterSession) -> None:
         while True:
             await stream.send(await session.outgoing.get())
+            session.outgoing.task_done()

@@ -63,6 +63,8 @@ class WorkerView:
     """The step in which it hangs; it is not used before that step has ended."""
     connected: bool = False
     """Its streams are open: Watch, and for decode workers the Session."""
+    is_leaving: bool = False
+    """It has said that it will be stopped; its process takes no more work."""
     indexed: bool = False
     """The prefix index counts what it holds."""
     booked: dict[object, Booked] = field(default_factory=dict)
@@ -77,7 +79,8 @@ class WorkerView:
     @property
     def usable(self) -> bool:
         ready = self.load is not None and self.load.state is WorkerState.READY
-        return self.connected and ready and not self.hangs and self.member.state is WorkerState.READY
+        wanted = self.member.state is WorkerState.READY and not self.is_leaving
+        return self.connected and ready and not self.hangs and wanted
 
     @property
     def hangs(self) -> bool:
@@ -191,6 +194,13 @@ class Fleet:
             self.index.remove_worker(view.hello.incarnation)
         self.changed.set()
 
+    def leaves(self, who: Identity) -> None:
+        """A process has refused work or given it back because it will be stopped."""
+        self._leaving[who.worker_id] = who.incarnation
+        view = self.workers.get(who.worker_id)
+        if view is not None and view.identity == who:
+            view.is_leaving = True
+
     def pair_refused(self, prefill: WorkerId, decode: WorkerId) -> None:
         """Their KV does not mean the same: no such pair until one of them is another incarnation."""
         self._failed_pairs[prefill, decode] = math.inf
@@ -253,7 +263,7 @@ class Fleet:
 
     def _note_state(self, view: WorkerView, state: WorkerState) -> None:
         if state in (WorkerState.DRAINING, WorkerState.STOPPED):
-            self._leaving[view.member.worker_id] = view.member.incarnation
+            self.leaves(view.identity)
 
     def _node_is_lost(self, worker_id: WorkerId) -> bool:
         """Whether all workers at its host, and there are others, cannot be reached."""

@@ -56,6 +56,7 @@ _STATUSES = {
     ErrorCode.CANCELLED: grpc.StatusCode.ABORTED,
     ErrorCode.CLIENT_TOO_SLOW: grpc.StatusCode.ABORTED,
     ErrorCode.PREEMPTED: grpc.StatusCode.UNAVAILABLE,
+    ErrorCode.DRAINING: grpc.StatusCode.UNAVAILABLE,
     ErrorCode.WORKER_LOST: grpc.StatusCode.UNAVAILABLE,
     ErrorCode.STALLED: grpc.StatusCode.UNAVAILABLE,
     ErrorCode.POISONOUS: grpc.StatusCode.INTERNAL,

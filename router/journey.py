@@ -55,6 +55,10 @@ DEATHS_OF_A_SUSPECT = 2
 """A request that was at so many workers when they died runs alone from then on."""
 
 
+NOT_HELD_AGAINST = (ErrorCode.PREEMPTED, ErrorCode.DRAINING)
+"""However often a request makes room for older ones, or its workers are stopped on purpose."""
+
+
 @dataclass(frozen=True, slots=True)
 class JourneySettings:
     queue_timeout_s: float = 60.0
@@ -175,8 +179,7 @@ class Journey:
 
     async def _recover(self, progress: Progress, error: ErrorInfo) -> None:
         """Return if the request may be placed again; raise what the client is to see otherwise."""
-        # A preempted request made room for older ones; however often, that is not held against it.
-        progress.fruitless_attempts += error.code is not ErrorCode.PREEMPTED
+        progress.fruitless_attempts += error.code not in NOT_HELD_AGAINST
         if not error.retryable or progress.fruitless_attempts >= self._settings.max_fruitless_attempts:
             raise error_from_info(error)
         self._metrics.count_recovery(error.code)
@@ -258,7 +261,7 @@ class Journey:
             while True:
                 event = await self._next_event(progress, submission)
                 if isinstance(event, SubmissionEnd):
-                    self._note_failure(placement, event)
+                    self._note_failure(placement, event, decode, prefill)
                     _note_loss(progress, submission, event, decode, prefill)
                     raise error_from_info(event.error)
                 booking.prefill_is_done()
@@ -346,7 +349,13 @@ class Journey:
         new = slice_tokens(event.tokens, num_seen, num)
         return event._replace(first_index=progress.num_output, tokens=new, logprobs=event.logprobs[num_seen:])
 
-    def _note_failure(self, placement: Placement, event: SubmissionEnd) -> None:
+    def _note_failure(
+        self, placement: Placement, event: SubmissionEnd, decode: Identity | None, prefill: Identity | None
+    ) -> None:
+        who = prefill if event.lost_source else decode
+        if event.error.code is ErrorCode.DRAINING and who is not None:
+            self._fleet.leaves(who)
+            return
         if not event.lost_source or placement.prefill is None:
             return
         if event.error.code is ErrorCode.FINGERPRINT_MISMATCH:

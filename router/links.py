@@ -165,7 +165,9 @@ class WorkerLink:
                 async with task_scope() as tasks:
                     tasks.create_task(self._connect(tasks))
             except PdserveError as error:
-                if self._view.connected or isinstance(error, _NEVER_HEALS):
+                if self._view.is_leaving:
+                    log.info("%s has left: %s", self._view.member.worker_id, error)
+                elif self._view.connected or isinstance(error, _NEVER_HEALS):
                     log.warning("%s is lost: %s", self._view.member.worker_id, error)
                     retry_s = FIRST_RETRY_S
             except Exception:  # whatever is wrong with what it said must not cost us this worker for ever

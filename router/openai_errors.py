@@ -30,6 +30,7 @@ _KINDS = {
     ErrorCode.CLIENT_TOO_SLOW: _Kind(408, "timeout_error"),
     ErrorCode.UNAVAILABLE: _Kind(503, _SERVER),
     ErrorCode.PREEMPTED: _Kind(503, _SERVER),
+    ErrorCode.DRAINING: _Kind(503, _SERVER),
     ErrorCode.WORKER_LOST: _Kind(503, _SERVER),
     ErrorCode.STALLED: _Kind(503, _SERVER),
     ErrorCode.POISONOUS: _Kind(500, _SERVER),

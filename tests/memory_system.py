@@ -97,8 +97,18 @@ class MemorySystem:
         self.push_members()
         return worker
 
+    async def drain(self, name: str, deadline_s: float) -> None:
+        """As the controller does it; returns when the worker has ended and the router knows of it."""
+        worker = self.workers[name]
+        worker.drain(deadline_s)
+        self.push_members()
+        await worker.ended()
+        del self.workers[name]
+        self.push_members()
+        await self.bury(worker)
+
     async def bury(self, worker: Worker) -> None:
-        """End what is left of a killed worker's objects, and see that its ledger balanced to the end."""
+        """End what is left of a dead worker's objects, and see that its ledger balanced to the end."""
         await worker.stop()
         self._assert_nothing_held(worker)
 

@@ -19,6 +19,7 @@ class ErrorCode(StrEnum):
     CANCELLED = "cancelled"
     CLIENT_TOO_SLOW = "client_too_slow"
     PREEMPTED = "preempted"
+    DRAINING = "draining"
     WORKER_LOST = "worker_lost"
     STALLED = "stalled"
     POISONOUS = "poisonous"
@@ -34,6 +35,7 @@ RETRYABLE = frozenset(
     {
         ErrorCode.OVERLOADED,
         ErrorCode.PREEMPTED,
+        ErrorCode.DRAINING,
         ErrorCode.WORKER_LOST,
         ErrorCode.STALLED,
         ErrorCode.PREFILL_FAILED,
@@ -121,6 +123,13 @@ class Preempted(PdserveError):
     """The worker needed the blocks for older requests; the router places the request again."""
 
     code = ErrorCode.PREEMPTED
+
+
+class Draining(PdserveError):
+    """The worker is about to end and takes no work, or gives back what it has not finished; the router places
+    the request elsewhere."""
+
+    code = ErrorCode.DRAINING
 
 
 class WorkerLost(PdserveError):
@@ -217,6 +226,7 @@ _BY_CODE: dict[ErrorCode, type[PdserveError]] = {
         Cancelled,
         ClientTooSlow,
         Preempted,
+        Draining,
         WorkerLost,
         Stalled,
         Poisonous,

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 from pdserve.contract.block_names import ChainRoot
 from pdserve.contract.errors import (
+    Draining,
     ErrorCode,
     FingerprintMismatch,
     PdserveError,
@@ -33,7 +34,6 @@ from pdserve.contract.errors import (
     Stalled,
     StreamBroken,
     TransferCorrupt,
-    Unavailable,
     error_from_info,
 )
 from pdserve.contract.ids import Incarnation
@@ -92,6 +92,9 @@ class PrefillSource:
     ) -> None:
         self.jobs: list[PrefillJob] = []  # all open calls, oldest first
         self.draining = False
+        """Whoever calls is refused."""
+        self._given_back = asyncio.Event()  # all calls are to end
+        self._emptied = asyncio.Event()
         self._transports = transports
         self._info = info
         self._incarnation = incarnation
@@ -176,6 +179,16 @@ class PrefillSource:
             released = job.state is not JobState.QUEUED and job.hold.released
             assert not released, f"the prefill of {name} is {job.state} with a hold that is released"
 
+    def give_back(self) -> None:
+        """End all calls: the routers place their requests elsewhere."""
+        self._given_back.set()
+
+    async def emptied(self) -> None:
+        """Wait until no call is open."""
+        while self.jobs:
+            self._emptied.clear()
+            await self._emptied.wait()
+
     async def serve(self, stream: MessageStream) -> None:
         """Handler of `Call.PREFILL`."""
         opened = await stream.receive()
@@ -210,7 +223,7 @@ class PrefillSource:
             raise Replayed(f"attempt {opened.attempt} of {opened.request_id} has a Prefill call here already")
         check_prefill_open(opened, self._info)
         if self.draining:
-            raise Unavailable("this prefill worker is draining")
+            raise Draining("the prefill worker is draining")
 
     @contextlib.contextmanager
     def _enrolled(self, job: PrefillJob) -> Iterator[None]:
@@ -222,6 +235,8 @@ class PrefillSource:
             self.jobs.remove(job)
             if job.state is not JobState.QUEUED:
                 job.hold.release()
+            if not self.jobs:
+                self._emptied.set()
             self._wake()
 
 
@@ -254,6 +269,7 @@ class _PrefillCall:
         async with task_scope() as tasks:
             reader = tasks.create_task(self._read())
             life = tasks.create_task(self._show_life())
+            recall = tasks.create_task(self._heed_recall())
             async with self._agreed_transport() as sender:
                 first_token = tasks.create_task(self._send_first_token())
                 await self._ship(sender)
@@ -263,6 +279,7 @@ class _PrefillCall:
                 await self._ship_again_until_finished(sender)
             await reader
             life.cancel()
+            recall.cancel()
             await self._send(End())
 
     @contextlib.asynccontextmanager
@@ -415,6 +432,10 @@ class _PrefillCall:
         except TimeoutError:
             raise self._silence(f"did not {owed}") from None
         self._job.changed.clear()
+
+    async def _heed_recall(self) -> None:
+        await self._source._given_back.wait()
+        raise Draining("the prefill worker ends before the call does")
 
     async def _show_life(self) -> None:
         while True:

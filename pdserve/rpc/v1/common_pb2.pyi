@@ -29,6 +29,7 @@ class ErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_CODE_CLIENT_TOO_SLOW: _ClassVar[ErrorCode]
     ERROR_CODE_STALLED: _ClassVar[ErrorCode]
     ERROR_CODE_POISONOUS: _ClassVar[ErrorCode]
+    ERROR_CODE_DRAINING: _ClassVar[ErrorCode]
 ERROR_CODE_UNSPECIFIED: ErrorCode
 ERROR_CODE_INVALID_REQUEST: ErrorCode
 ERROR_CODE_NOT_FOUND: ErrorCode
@@ -49,6 +50,7 @@ ERROR_CODE_INTERNAL: ErrorCode
 ERROR_CODE_CLIENT_TOO_SLOW: ErrorCode
 ERROR_CODE_STALLED: ErrorCode
 ERROR_CODE_POISONOUS: ErrorCode
+ERROR_CODE_DRAINING: ErrorCode
 
 class ErrorInfo(_message.Message):
     __slots__ = ("code", "message", "retry_after_s", "param")
