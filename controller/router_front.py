@@ -87,10 +87,13 @@ class RouterFront:
         return inspect(self._router.owners())
 
     async def set_members(self, members: Members) -> None:
-        """Take over a membership; returns once every member can be used, or a newer membership has come."""
+        """Take over a membership; returns once every member that stays can be used, or a newer membership has
+        come."""
         self._router.set_members(members)
         fleet = self._router.fleet
-        while fleet.epoch == members.epoch and not all(view.usable for view in fleet.workers.values()):
+        while fleet.epoch == members.epoch and not all(
+            view.usable or view.is_leaving for view in fleet.workers.values()
+        ):
             fleet.changed.clear()
             await fleet.changed.wait()
 
