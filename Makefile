@@ -25,7 +25,7 @@ check: $(VENV)/.installed-dev  ## everything that can be found wrong without run
 	$(BIN)/python tools/make_metrics_docs.py --check
 	$(BIN)/python tools/make_config_docs.py --check
 	$(BIN)/python -m tools.make_faults_docs --check
-	$(BIN)/python tools/make_dashboards.py --check
+	$(BIN)/python -m tools.make_dashboards --check
 
 format: $(VENV)/.installed-dev  ## rewrite the code in the project's form
 	$(BIN)/ruff format .
@@ -38,7 +38,7 @@ docs: $(VENV)/.installed-dev  ## generate the pages that follow from the code
 	$(BIN)/python tools/make_metrics_docs.py
 	$(BIN)/python tools/make_config_docs.py
 	$(BIN)/python -m tools.make_faults_docs
-	$(BIN)/python tools/make_dashboards.py
+	$(BIN)/python -m tools.make_dashboards
 
 bench: $(VENV)/.installed-dev  ## the benchmarks in their short form
 	$(BIN)/python -m benchmarks.engine --smoke

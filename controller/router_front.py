@@ -16,6 +16,7 @@ from controller.plan import ProcessPlan
 from controller.ports import ADMIN_SETTING
 from controller.status import ProcessReport
 from pdserve.clock import LoopClock, SystemRng
+from pdserve.config import SloConfig
 from pdserve.contract.errors import ConfigError, InvalidRequest
 from pdserve.contract.ids import RouterId
 from pdserve.contract.messages import Members
@@ -31,6 +32,7 @@ from router.http_api import create_app
 from router.http_server import HttpServer, serve_http
 from router.journey import JourneySettings
 from router.links import LinkSettings
+from router.objectives import Objectives
 from router.router import Router, RouterSettings
 from router.text import TextModel
 
@@ -156,13 +158,25 @@ class RouterFront:
 
     def _router_settings(self) -> RouterSettings:
         admission = AdmissionLimits(**self._config.admission.model_dump())
-        journey = JourneySettings(queue_timeout_s=self._config.queue_timeout_s)
+        journey = JourneySettings(
+            queue_timeout_s=self._config.queue_timeout_s,
+            objectives=_objectives(self._plan.deployment.config.slo),
+        )
         links = LinkSettings(self._config.first_token_timeout_s, self._config.stall_timeout_s)
         return RouterSettings(admission, journey, links)
 
     def _api_settings(self) -> ApiSettings:
         limits = ApiLimits(**self._config.limits.model_dump())
         return ApiSettings(self._plan.deployment.model.served_name, limits)
+
+
+def _objectives(slo: SloConfig) -> Objectives:
+    def seconds(limit_ms: float | None) -> float | None:
+        return None if limit_ms is None else limit_ms / 1000
+
+    return Objectives(
+        seconds(slo.ttft_ms), seconds(slo.tpot_ms), seconds(slo.itl_ms), seconds(slo.e2e_ms), slo.target
+    )
 
 
 def most_comfortable(text_model: TextModel) -> str:

@@ -1,6 +1,7 @@
 """`pdserve top`: what one router sees, in the terminal, as long as one likes to look."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Iterator, Sequence
 
 import httpx
@@ -63,8 +64,16 @@ def lines_of(state: Snapshot) -> list[str]:
         f"tokens/s: {_rate(requests.prompt_tokens_per_s)} of prompts, "
         f"{_rate(requests.output_tokens_per_s)} of answers"
     )
+    good = f"good by slo: {_rate(state.slo.good_per_s)} requests/s, {_good_share(state)}"
     tables = (_latency(state), _pools(state.pools), _workers(state.workers))
-    return [head, load, tokens, *(line for table in tables for line in ["", *table])]
+    return [head, load, tokens, good, *(line for table in tables for line in ["", *table])]
+
+
+def _good_share(state: Snapshot) -> str:
+    slo, minutes = state.slo, f"{state.latency.window_s / 60:.0f} minutes"
+    if not slo.num_counted:
+        return f"none ended in {minutes}"
+    return f"{math.floor(100 * slo.num_good / slo.num_counted)}% of {slo.num_counted} in {minutes}"
 
 
 def _latency(state: Snapshot) -> list[str]:

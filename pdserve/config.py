@@ -294,6 +294,26 @@ class LogsConfig(Section):
     """`text` for people, `json` for programs: one object per line."""
 
 
+Milliseconds = Annotated[float, Field(gt=0)] | None
+
+
+class SloConfig(Section):
+    """What a request has to keep to count as good: in the metrics, the dashboards' goodput, an alert, and the
+    live page. Nothing is refused or reordered for it. Times count from the request's admission at its router;
+    `null` asks for nothing."""
+
+    ttft_ms: Milliseconds = 2000.0
+    """Time to first token."""
+    tpot_ms: Milliseconds = 100.0
+    """Mean time per output token after the first."""
+    itl_ms: Milliseconds = None
+    """The longest wait between two tokens of the request."""
+    e2e_ms: Milliseconds = None
+    """From admission to the last token."""
+    target: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    """The share of requests that is to be good. Alerts tell when what may be bad is used up much too fast."""
+
+
 class DeployConfig(Section):
     """A whole deployment. Every key may be left out."""
 
@@ -303,6 +323,7 @@ class DeployConfig(Section):
     engine: EngineConfig = Field(default_factory=EngineConfig)
     pools: PoolsConfig = Field(default_factory=PoolsConfig)
     router: RouterConfig = Field(default_factory=RouterConfig)
+    slo: SloConfig = Field(default_factory=SloConfig)
     network: NetworkConfig = Field(default_factory=NetworkConfig)
     ray: RayConfig = Field(default_factory=RayConfig)
     logs: LogsConfig = Field(default_factory=LogsConfig)

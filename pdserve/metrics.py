@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 
 from pdserve.contract.errors import ErrorCode
 from pdserve.contract.work import BlockCounts
+from pdserve.request_metrics import SloMetrics
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per counter that nobody reads
 
@@ -184,6 +185,7 @@ class RouterMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
+        self.slo = SloMetrics(registry)
         self.running_requests = Gauge(
             "pdserve_router_running_requests", "Requests admitted and not ended.", registry=registry
         )

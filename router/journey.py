@@ -12,13 +12,14 @@ everything that hangs below it in the call tree.
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pdserve.contract.block_names import ChainRoot, name_blocks
 from pdserve.contract.errors import (
     DeadlineExceeded,
     ErrorCode,
     ErrorInfo,
+    Overloaded,
     PdserveError,
     Poisonous,
     Stalled,
@@ -41,6 +42,7 @@ from router.admission import Admission
 from router.bounds import check_length
 from router.fleet import Booked, Fate, Fleet, Identity, WorkerView
 from router.links import Links, Submission, SubmissionEnd, SubmissionTokens
+from router.objectives import Objectives, Verdict
 from router.placement import Candidate, Placement, choose
 from router.progress import Attempt, Progress
 from router.recent_times import RecentLatencies
@@ -67,6 +69,8 @@ class JourneySettings:
     """Attempts in a row without a new token after which the last error is the client's."""
     refusal_pause_s: float = 0.05
     """Before placing again what a worker has refused."""
+    objectives: Objectives = field(default_factory=Objectives)
+    """What requests have to keep to be counted as good."""
 
 
 class Journey:
@@ -95,6 +99,8 @@ class Journey:
         self._settings = settings
         self._num_placed = 0
         self._live: set[Progress] = set()
+        asked = settings.objectives
+        metrics.slo.set_objectives({each.value: s for each, s in asked.limits_s.items()}, asked.target)
 
     async def generate(
         self, request_id: RequestId, request: GenerateRequest, closing: Closing | None = None
@@ -116,7 +122,11 @@ class Journey:
             self._leave(progress, outcome or progress.closing.reason.value)
 
     def _admit(self, request_id: RequestId, request: GenerateRequest, closing: Closing) -> Progress:
-        self._admission.enter(num_tokens(request.prompt_tokens))
+        try:
+            self._admission.enter(num_tokens(request.prompt_tokens))
+        except Overloaded:
+            self._count_verdict(self._settings.objectives.failed)
+            raise
         self._metrics.running_requests.inc()
         self._metrics.prompt_tokens.inc(num_tokens(request.prompt_tokens))
         now = self._clock.now()
@@ -141,10 +151,16 @@ class Journey:
         self._metrics.end_to_end.observe(progress.ended_at - progress.admitted_at)
         self._recent.end_to_end.add(progress.ended_at - progress.admitted_at)
         self._metrics.count_end(outcome)
+        self._count_verdict(self._settings.objectives.judge(progress.pace(progress.ended_at), outcome))
         report = progress.report()
         self._reports.end(report)
         if log.isEnabledFor(logging.INFO):
             log.info("request ended", extra={"fields": log_fields(report)})
+
+    def _count_verdict(self, verdict: Verdict | None) -> None:
+        if verdict is not None:
+            self._metrics.slo.count(verdict.good, verdict.kept, verdict.missed)
+            self._recent.good.add(verdict.good)
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless admission and the workers' books add up to the live requests."""
@@ -372,6 +388,7 @@ class Journey:
             self._metrics.time_to_first_token.observe(tokens.arrived_at - progress.admitted_at)
             self._recent.time_to_first_token.add(tokens.arrived_at - progress.admitted_at)
         else:
+            progress.note_gap(tokens.arrived_at - progress.last_token_at)
             self._metrics.observe_inter_token(tokens.arrived_at - progress.last_token_at, num)
             self._recent.add_tokens(tokens.arrived_at - progress.last_token_at, num)
         if num_tokens(progress.output) < 2 <= num_tokens(progress.output) + num:

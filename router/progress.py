@@ -9,6 +9,7 @@ from pdserve.contract.messages import RequestTimings
 from pdserve.contract.tokens import num_tokens
 from router.fleet import Identity
 from router.links import SubmissionTokens
+from router.objectives import Pace
 from router.placement import Placement
 from router.request_reports import MAX_ATTEMPTS, AttemptReport, RequestReport, shortened
 from router.requests import Closing, GenerateRequest
@@ -82,6 +83,8 @@ class Progress:
     first_token_at: float | None = None
     second_token_at: float | None = None
     last_token_at: float | None = None
+    longest_gap_s: float = 0.0
+    """Between two arrivals of tokens."""
     ended_at: float | None = None
     outcome: str | None = None
     """A finish reason or an error code."""
@@ -113,6 +116,23 @@ class Progress:
         attempt = Attempt(self.num_attempts, placement, now)
         self.attempts.append(attempt)
         return attempt
+
+    def note_gap(self, seconds: float) -> bool:
+        """Tokens have come so long after those before them; whether no wait of the request was longer."""
+        is_longest = seconds > self.longest_gap_s
+        if is_longest:
+            self.longest_gap_s = seconds
+        return is_longest
+
+    def pace(self, now: float) -> Pace:
+        """How fast it has been served until `now`, its end."""
+        return Pace(
+            first_token_s=_since(self.admitted_at, self.first_token_at),
+            last_token_s=_since(self.admitted_at, self.last_token_at),
+            longest_gap_s=self.longest_gap_s,
+            num_output_tokens=self.num_output,
+            ended_s=now - self.admitted_at,
+        )
 
     def report(self) -> RequestReport:
         return RequestReport(

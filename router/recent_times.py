@@ -56,13 +56,40 @@ class RecentTimes:
         return Percentiles(num, p50, p90, p99)
 
 
+class RecentShare:
+    """How many of the things that ended in the last NUM_PERIODS periods were good."""
+
+    def __init__(self) -> None:
+        self._periods: deque[Counter[bool]] = deque([Counter()], maxlen=NUM_PERIODS)
+        self.num_good_ever = 0
+        """Since the start of the process."""
+
+    def add(self, good: bool) -> None:
+        self._periods[-1][good] += 1
+        self.num_good_ever += good
+
+    def end_period(self) -> None:
+        """Forgets the oldest period when there are more than NUM_PERIODS."""
+        self._periods.append(Counter())
+
+    @property
+    def num(self) -> int:
+        return sum(period.total() for period in self._periods)
+
+    @property
+    def num_good(self) -> int:
+        return sum(period[True] for period in self._periods)
+
+
 @dataclass(frozen=True, slots=True)
 class RecentLatencies:
-    """Of one router's requests. Each means what the histogram of that name in `RouterMetrics` does."""
+    """Of one router's requests. Each time means what the histogram of that name in `RouterMetrics` does."""
 
     time_to_first_token: RecentTimes = field(default_factory=RecentTimes)
     inter_token: RecentTimes = field(default_factory=RecentTimes)
     end_to_end: RecentTimes = field(default_factory=RecentTimes)
+    good: RecentShare = field(default_factory=RecentShare)
+    """By the objectives of `slo`."""
 
     def add_tokens(self, seconds: float, num_tokens: int) -> None:
         """`num_tokens` have come together `seconds` after the one before them: each took its part of that."""
@@ -70,8 +97,8 @@ class RecentLatencies:
             self.inter_token.add(seconds / num_tokens, num_tokens)
 
     def end_period(self) -> None:
-        for times in (self.time_to_first_token, self.inter_token, self.end_to_end):
-            times.end_period()
+        for recent in (self.time_to_first_token, self.inter_token, self.end_to_end, self.good):
+            recent.end_period()
 
 
 def _bucket(seconds: float) -> int:

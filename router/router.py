@@ -38,6 +38,7 @@ class Router:
         self.registry = CollectorRegistry()
         self.metrics = RouterMetrics(self.registry)
         self.recent = RecentLatencies()
+        self.objectives = settings.journey.objectives
         self.fleet = Fleet()
         self._links = Links(self.identity, self.fleet, rpc, clock, self.metrics, settings.links)
         self.reports = RequestReports()

@@ -78,6 +78,7 @@ def _worker_metrics() -> Iterable[Metric]:
 def _router_metrics() -> Iterable[Metric]:
     metrics = RouterMetrics(CollectorRegistry())
     metrics.count_end("stop")
+    metrics.slo.set_objectives({"ttft": 2.0}, 0.99)
     metrics.count_recovery(ErrorCode.WORKER_LOST)
     metrics.count_stale(TokenEvent)
     metrics.on_request_start("chat")

@@ -92,6 +92,20 @@ class LatencySnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class SloSnapshot:
+    """How many of the requests that ended in the last `window_s` seconds of `LatencySnapshot` were good."""
+
+    limits_s: Mapping[str, float]
+    """What is asked for, by objective."""
+    target: float
+    """The share that is to be good."""
+    num_counted: int
+    num_good: int
+    good_per_s: float
+    """In the last seconds."""
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """What one router sees. Other routers of the system have requests of their own, which are not here."""
 
@@ -103,6 +117,7 @@ class Snapshot:
     reason: str
     requests: RequestsSnapshot
     latency: LatencySnapshot
+    slo: SloSnapshot
     pools: tuple[PoolSnapshot, ...]
     workers: tuple[WorkerSnapshot, ...]
 
@@ -152,6 +167,7 @@ class LiveState:
             reason=readiness.reason,
             requests=self._requests(),
             latency=self._latency(),
+            slo=self._slo(),
             pools=_pools(workers, readiness.workers),
             workers=workers,
         )
@@ -193,6 +209,7 @@ class LiveState:
     def _counters(self) -> Iterable[tuple[Hashable, float]]:
         metrics, recent = self._router.metrics, self._router.recent
         yield "ended", recent.end_to_end.num_ever
+        yield "good", recent.good.num_good_ever
         yield "prompt tokens", _value(metrics.prompt_tokens)
         yield "output tokens", _value(metrics.output_tokens)
         for view in self._router.fleet.workers.values():
@@ -218,6 +235,16 @@ class LiveState:
             recent.time_to_first_token.percentiles(),
             recent.inter_token.percentiles(),
             recent.end_to_end.percentiles(),
+        )
+
+    def _slo(self) -> SloSnapshot:
+        objectives, good = self._router.objectives, self._router.recent.good
+        return SloSnapshot(
+            limits_s={each.value: limit_s for each, limit_s in objectives.limits_s.items()},
+            target=objectives.target,
+            num_counted=good.num,
+            num_good=good.num_good,
+            good_per_s=self._rates.per_s("good"),
         )
 
     def _worker(self, view: WorkerView) -> WorkerSnapshot:

@@ -151,6 +151,8 @@ async def test_requests_show_in_percentiles_and_blocks(
     for kind in ("time_to_first_token", "inter_token", "end_to_end"):
         assert 0 < latency[kind]["p50_s"] <= latency[kind]["p90_s"] <= latency[kind]["p99_s"]
     assert latency["time_to_first_token"]["p99_s"] <= latency["end_to_end"]["p99_s"]
+    assert state["slo"]["limits_s"] == {}  # so that every whole answer is good
+    assert (state["slo"]["num_good"], state["slo"]["num_counted"]) == (3, 3)
     assert system.router.fleet.workers["decode-0"].num_output_tokens == 3 * 8
 
 

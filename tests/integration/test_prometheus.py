@@ -18,7 +18,7 @@ import yaml
 from controller.bench import BenchOptions, run_bench
 from load_generator.arrivals import Lengths
 from tests.integration.conftest import RaySystem
-from tools import make_dashboards
+from tools.boards import dashboards
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy" / "prometheus"
@@ -96,6 +96,7 @@ def loaded(prometheus: Prometheus, ray_system: RaySystem) -> Prometheus:
     assert asyncio.run(run_bench(options)) == 0
     recorded = "pdserve:time_to_first_token_seconds:p99"
     until(lambda: [s for s in prometheus.query(recorded) if s["value"][1] != "NaN"], "no rule was evaluated")
+    until(lambda: prometheus.query("pdserve:slo_burn:slow"), "no rule of objectives was evaluated")
     return prometheus
 
 
@@ -105,6 +106,16 @@ def test_the_configuration_and_the_rules_are_valid() -> None:
             ["promtool", "check", *arguments], cwd=DEPLOY, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_burn_rates_of_known_runs() -> None:
+    done = subprocess.run(
+        ["promtool", "test", "rules", str(Path(__file__).parent / "slo_rules.yml")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_process_is_found_under_its_own_name(loaded: Prometheus) -> None:
@@ -117,7 +128,7 @@ def test_every_process_is_found_under_its_own_name(loaded: Prometheus) -> None:
 def queries() -> list[tuple[str, str]]:
     return [
         (f"{board.uid}/{panel.title}", expression)
-        for board in make_dashboards.dashboards()
+        for board in dashboards()
         for panel in board.panels
         for _, expression in panel.queries
     ]

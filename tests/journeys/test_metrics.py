@@ -7,13 +7,17 @@ from dataclasses import replace
 
 import pytest
 
-from pdserve.contract.errors import RequestTooLong
+from pdserve.contract.errors import Overloaded, RequestTooLong
 from pdserve.contract.messages import Members, Role
 from pdserve.contract.tokens import pack_tokens
 from pdserve.contract.work import StepCost
 from pdserve.handoff.prefill_job import JobState
 from pdserve.rpc.memory_rpc import MemoryNetwork
+from router.admission import AdmissionLimits
+from router.journey import JourneySettings
+from router.objectives import Objectives
 from router.requests import GenerateRequest
+from router.router import RouterSettings
 from tests.journeys.test_faults_in_memory import prompt_of, run_virtual, until
 from tests.memory_system import MemorySystem, greedy
 
@@ -23,11 +27,21 @@ STEP_S = 0.05
 
 @asynccontextmanager
 async def steady_system(
-    num_prefill: int = 1, num_decode: int = 1, network: MemoryNetwork | None = None
+    num_prefill: int = 1,
+    num_decode: int = 1,
+    network: MemoryNetwork | None = None,
+    router_settings: RouterSettings | None = None,
 ) -> AsyncIterator[MemorySystem]:
     """Every step takes STEP_S, whatever is in it, and messages take no time but what `network` says."""
     cost = StepCost(STEP_S, per_prefill_token_s=0.0, per_decode_sequence_s=0.0)
-    async with MemorySystem(num_prefill, num_decode, num_blocks=200, network=network, cost=cost) as system:
+    async with MemorySystem(
+        num_prefill,
+        num_decode,
+        num_blocks=200,
+        network=network,
+        router_settings=router_settings,
+        cost=cost,
+    ) as system:
         yield system
 
 
@@ -166,5 +180,51 @@ def test_a_client_that_reads_slowly_does_not_change_the_times_of_its_tokens() ->
             async for _ in system.router.generate(system.router.new_request_id(), request):
                 await system.clock.sleep(1)
             assert system.router_metric("inter_token_seconds_sum") == pytest.approx(4 * STEP_S)
+
+    run_virtual(story())
+
+
+def test_good_requests_are_counted_by_objective() -> None:
+    """First tokens take a step for each chunk, later ones one each."""
+
+    async def story() -> None:
+        asked = RouterSettings(journey=JourneySettings(objectives=Objectives(ttft_s=0.2, tpot_s=0.1)))
+        async with steady_system(router_settings=asked) as system:
+            await system.generate(prompt_of(2 * CHUNK), greedy(3))
+            await system.generate(prompt_of(5 * CHUNK, seed=2), greedy(3))
+            with pytest.raises(RequestTooLong):
+                await system.generate(prompt_of(33), greedy(1000))  # no service could have answered it
+            assert system.router_metric("slo_requests_total", result="good") == 1
+            assert system.router_metric("slo_requests_total", result="bad") == 1
+            by_objective = {
+                (objective, result): system.router_metric(
+                    "slo_objectives_total", objective=objective, result=result
+                )
+                for objective in ("ttft", "tpot", "itl")
+                for result in ("kept", "missed")
+            }
+            assert {key: count for key, count in by_objective.items() if count} == {
+                ("ttft", "kept"): 1,
+                ("ttft", "missed"): 1,
+                ("tpot", "kept"): 2,
+            }
+            assert system.router_metric("slo_limit_seconds", objective="ttft") == 0.2
+            assert system.router_metric("slo_target_ratio") == 0.99
+            good = system.router.recent.good
+            assert (good.num_good, good.num) == (1, 2)
+
+    run_virtual(story())
+
+
+def test_refused_requests_are_not_good() -> None:
+    async def story() -> None:
+        async with steady_system(router_settings=RouterSettings(AdmissionLimits(max_requests=1))) as system:
+            served = asyncio.create_task(system.generate(prompt_of(8), greedy(3)))
+            await until(lambda: system.router_metric("router_running_requests") == 1)
+            with pytest.raises(Overloaded):
+                await system.generate(prompt_of(8, seed=2), greedy(3))
+            await served
+            assert system.router_metric("slo_requests_total", result="good") == 1
+            assert system.router_metric("slo_requests_total", result="bad") == 1
 
     run_virtual(story())

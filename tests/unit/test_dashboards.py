@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from tools import make_dashboards
+from tools.boards import dashboards
+from tools.panels import Dashboard
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = ROOT / "deploy" / "prometheus" / "rules.yml"
@@ -31,8 +33,8 @@ def metrics_of(expression: str) -> set[str]:
     return set(re.findall(r"\bpdserve_\w+", re.sub(r'"[^"]*"', "", expression)))
 
 
-@pytest.mark.parametrize("dashboard", make_dashboards.dashboards(), ids=lambda dashboard: dashboard.uid)
-def test_every_panel_is_about_metrics_that_exist(dashboard: make_dashboards.Dashboard) -> None:
+@pytest.mark.parametrize("dashboard", dashboards(), ids=lambda dashboard: dashboard.uid)
+def test_every_panel_is_about_metrics_that_exist(dashboard: Dashboard) -> None:
     recorded = {rule["record"] for rule in rules() if "record" in rule}
     for panel in dashboard.panels:
         assert panel.text.endswith(".")
@@ -47,7 +49,7 @@ def test_every_rule_is_about_metrics_that_exist() -> None:
 
 
 def test_every_documented_metric_but_those_of_rehearsals_is_on_a_dashboard_or_in_an_alert() -> None:
-    panels = [panel for board in make_dashboards.dashboards() for panel in board.panels]
+    panels = [panel for board in dashboards() for panel in board.panels]
     shown = " ".join(
         [expression for panel in panels for _, expression in panel.queries]
         + [rule["expr"] for rule in rules()]
@@ -67,7 +69,7 @@ def test_every_alert_has_a_paragraph_in_the_runbook() -> None:
 
 
 def test_the_committed_dashboards_are_the_generated_ones() -> None:
-    for dashboard in make_dashboards.dashboards():
+    for dashboard in dashboards():
         path = make_dashboards.FOLDER / f"{dashboard.uid}.json"
         assert path.read_text() == make_dashboards.as_json(dashboard)
         content = json.loads(path.read_text())

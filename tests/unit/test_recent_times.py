@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 from router.admin.rates import NUM_SAMPLES, Rates
-from router.recent_times import NUM_PERIODS, Percentiles, RecentLatencies, RecentTimes
+from router.recent_times import NUM_PERIODS, Percentiles, RecentLatencies, RecentShare, RecentTimes
 
 
 def test_nothing_measured_has_no_percentiles() -> None:
@@ -64,3 +64,15 @@ def test_rates_are_those_of_the_last_samples() -> None:
     assert rates.per_s("a") == pytest.approx(7)
     assert rates.per_s("b") == 0
     assert rates.per_s("never seen") == 0
+
+
+def test_a_share_forgets_what_is_older_than_its_periods() -> None:
+    share = RecentShare()
+    for good in (True, False, True):
+        share.add(good)
+    assert (share.num_good, share.num) == (2, 3)
+    for _ in range(NUM_PERIODS):
+        share.end_period()
+        share.add(True)
+    assert (share.num_good, share.num) == (NUM_PERIODS, NUM_PERIODS)
+    assert share.num_good_ever == 2 + NUM_PERIODS

@@ -10,6 +10,7 @@ from router.admin.state import (
     LatencySnapshot,
     PoolSnapshot,
     RequestsSnapshot,
+    SloSnapshot,
     Snapshot,
     WorkerSnapshot,
 )
@@ -43,6 +44,7 @@ STATE = Snapshot(
     latency=LatencySnapshot(
         300.0, Percentiles(40, 0.12, 0.3, 1.5), Percentiles(999, 0.0047, 0.05, 0.09), Percentiles(0)
     ),
+    slo=SloSnapshot({"ttft": 2.0}, 0.99, 40, 39, 1.46),
     pools=(POOL,),
     workers=(WORKER,),
 )
@@ -53,6 +55,7 @@ def test_all_of_a_snapshot_is_shown_in_columns() -> None:
         "small as router-0 sees it: ready",
         "requests: 11 running, 2 waiting for a worker, 1.5 ended/s",
         "tokens/s: 1000 of prompts, 171 of answers",
+        "good by slo: 1.5 requests/s, 97% of 40 in 5 minutes",
         "",
         "LAST 5 MINUTES     P50     P90     P99  COUNT",
         "first token     120 ms  300 ms  1.50 s     40",

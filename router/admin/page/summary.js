@@ -1,13 +1,20 @@
 /** What this router's requests do: counts, rates and latency. */
 
 import { KeyedList, stamp } from "./dom.js";
-import { count, duration, rate } from "./format.js";
+import { count, duration, percent, rate } from "./format.js";
 
 const LATENCIES = [
   ["time_to_first_token", "First token"],
   ["inter_token", "Between tokens"],
   ["end_to_end", "Whole request"],
 ];
+
+const OBJECTIVES = {
+  ttft: "the first token within",
+  tpot: "on average a token every",
+  itl: "no wait between tokens above",
+  e2e: "the whole answer within",
+};
 
 export class Summary {
   /** @param {import("./dom.js").Fields} page */
@@ -26,7 +33,10 @@ export class Summary {
     page.text("reason", state.reason);
     page.shown("reason", state.reason !== "ready");
     this.#updateRequests(state.requests);
-    page.text("window", `${Math.round(state.latency.window_s / 60)} minutes`);
+    const window = `${Math.round(state.latency.window_s / 60)} minutes`;
+    page.text("window", window);
+    page.text("slo-window", window);
+    this.#updateSlo(state.slo);
     this.rows.update(LATENCIES.map(([kind, name]) => ({ kind, name, ...state.latency[kind] })));
   }
 
@@ -37,6 +47,14 @@ export class Summary {
     this.page.text("ended", rate(requests.ended_per_s));
     this.page.text("prompt-tokens", rate(requests.prompt_tokens_per_s));
     this.page.text("output-tokens", rate(requests.output_tokens_per_s));
+  }
+
+  #updateSlo(slo) {
+    this.page.text("goodput", rate(slo.good_per_s));
+    const share = slo.num_good / slo.num_counted;
+    this.page.text("good-share", slo.num_counted ? percent(Math.floor(share * 100) / 100) : "–"); // 100 %: all
+    const asked = Object.entries(slo.limits_s).map(([name, limit]) => `${OBJECTIVES[name]} ${duration(limit)}`);
+    this.page.text("objectives", `Good: answered to the end${asked.length ? ", " : ""}${asked.join(", ")}.`);
   }
 }
 
