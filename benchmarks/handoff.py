@@ -19,12 +19,9 @@ import argparse
 import json
 import os
 import random
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -36,6 +33,7 @@ import torch
 from benchmarks import transports
 from benchmarks.conditions import conditions
 from benchmarks.engine import SHAPE, make_model
+from benchmarks.systems import System, running, step_seconds
 from pdserve.contract.ids import BlockId
 from pdserve.contract.sampling import SamplingParams
 from pdserve.contract.tokens import pack_tokens, slice_tokens
@@ -44,7 +42,6 @@ from pdserve.engine.chunking import PromptProgress, chunk_tokens_within, next_ch
 from pdserve.engine.engine import ModelEngine
 from pdserve.engine.settings import EngineSettings
 
-READY_TIMEOUT_S = 180
 KV_MEMORY = "512MiB"
 STEP_BUDGET_S = 0.2
 """The default of the workers."""
@@ -60,14 +57,6 @@ class Latency:
     """What the prefill worker's engine steps for this request took."""
 
 
-@dataclass(frozen=True, slots=True)
-class System:
-    """A running system; `prefill_metrics_url` None: unsplit."""
-
-    url: str
-    prefill_metrics_url: str | None
-
-
 def main() -> None:
     arguments = _parse()
     torch.set_num_threads(1)
@@ -78,8 +67,8 @@ def main() -> None:
             EngineSettings(folder, threads=1, kv_memory_bytes=512 << 20, chunk_tokens=arguments.chunk_tokens)
         )
         running_systems = {
-            name: systems.enter_context(running(name, folder, pools, arguments.chunk_tokens))
-            for name, pools in (("split", ("1", "1")), ("unsplit", ("0", "1")))
+            name: systems.enter_context(running(config(name, folder, pools, arguments.chunk_tokens)))
+            for name, pools in (("split", (1, 1)), ("unsplit", (0, 1)))
         }
         chunk_tokens = chunk_tokens_within(STEP_BUDGET_S, engine.cost, engine.info.chunk_tokens)
         latencies = measure(engine, chunk_tokens, running_systems, arguments.tokens, rounds)
@@ -99,19 +88,16 @@ def main() -> None:
         Path(arguments.json).write_text(text + "\n")
 
 
-@contextmanager
-def running(name: str, model: str, pools: tuple[str, str], chunk_tokens: int) -> Iterator[System]:
-    """A system of its own, once it is ready."""
-    common = [sys.executable, "-m", "controller.cli"]
-    command = [*common, "up", "--name", f"bench-{name}", "--model", model, "--served-name", "bench"]
-    command += ["--prefill", pools[0], "--decode", pools[1], "--threads", "1", "--port", "0"]
-    command += ["--set", f"engine.kv_memory={KV_MEMORY}", "--set", f"engine.chunk_tokens={chunk_tokens}"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        yield _system(process, [*common, "status", "--name", f"bench-{name}", "--json"])
-    finally:
-        process.terminate()
-        process.wait(60)
+def config(name: str, model: str, pools: tuple[int, int], chunk_tokens: int) -> dict[str, Any]:
+    """The deployment of a system with `pools` prefill and decode workers."""
+    num_prefill, num_decode = pools
+    return {
+        "name": f"bench-{name}",
+        "model": {"path": model, "served_name": "bench"},
+        "engine": {"threads": 1, "kv_memory": KV_MEMORY, "chunk_tokens": chunk_tokens},
+        "pools": {"prefill": {"replicas": num_prefill}, "decode": {"replicas": num_decode}},
+        "router": {"http_port": 0},
+    }
 
 
 def measure(
@@ -174,23 +160,9 @@ def request(client: httpx.Client, system: System, prompt: list[int]) -> Latency:
 
 
 def _step_seconds(client: httpx.Client, system: System) -> float | None:
-    """All engine steps of the prefill worker so far."""
-    if system.prefill_metrics_url is None:
-        return None
-    page = client.get(system.prefill_metrics_url).text
-    (line,) = (line for line in page.splitlines() if line.startswith("pdserve_engine_step_seconds_sum"))
-    return float(line.split()[-1])
-
-
-def _system(process: "subprocess.Popen[bytes]", status: list[str]) -> System:
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    while time.monotonic() < deadline and process.poll() is None:
-        answer = subprocess.run(status, capture_output=True, text=True)
-        if answer.returncode == 0 and (system := json.loads(answer.stdout))["state"] == "ready":
-            prefill = [worker["metrics_url"] for worker in system["workers"] if worker["pool"] == "prefill"]
-            return System(system["routers"][0]["url"], prefill[0] if prefill else None)
-        time.sleep(1)
-    raise SystemExit("the system did not become ready; run the same `pdserve up` by hand to see why")
+    """All engine steps of the prefill worker so far; None: unsplit."""
+    prefill = next((worker for worker in system.workers if worker.pool == "prefill"), None)
+    return None if prefill is None else step_seconds(client, prefill)
 
 
 def _prompt(rng: random.Random, length: int) -> list[int]:
