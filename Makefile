@@ -26,6 +26,7 @@ check: $(VENV)/.installed-dev  ## everything that can be found wrong without run
 	$(BIN)/python tools/make_config_docs.py --check
 	$(BIN)/python -m tools.make_faults_docs --check
 	$(BIN)/python -m tools.make_dashboards --check
+	$(BIN)/python -m tools.make_splitting_docs --check
 
 format: $(VENV)/.installed-dev  ## rewrite the code in the project's form
 	$(BIN)/ruff format .
@@ -39,6 +40,7 @@ docs: $(VENV)/.installed-dev  ## generate the pages that follow from the code
 	$(BIN)/python tools/make_config_docs.py
 	$(BIN)/python -m tools.make_faults_docs
 	$(BIN)/python -m tools.make_dashboards
+	$(BIN)/python -m tools.make_splitting_docs
 
 bench: $(VENV)/.installed-dev  ## the benchmarks in their short form
 	$(BIN)/python -m benchmarks.engine --smoke

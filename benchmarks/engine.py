@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -73,10 +73,10 @@ def main() -> None:
         Path(arguments.json).write_text(text + "\n")
 
 
-def make_model(folder: Path) -> None:
-    """A random model of `SHAPE`, saved in bfloat16."""
+def make_model(folder: Path, shape: Mapping[str, Any] = SHAPE) -> None:
+    """A random model of `shape` (keys of LlamaConfig), saved in bfloat16."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
 

@@ -1,5 +1,6 @@
 """Benchmarks do what they say, on a model so small that its figures mean nothing."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,13 @@ from transformers import AutoModelForCausalLM
 from benchmarks import engine as benchmark
 from benchmarks import overlap
 from benchmarks.conditions import conditions
+from benchmarks.replay import read_workload
+from benchmarks.splitting import measure
+from benchmarks.splitting_plan import Plan
+from benchmarks.splitting_results import Results
 from pdserve.engine.engine import ModelEngine
 from pdserve.engine.settings import EngineSettings
+from tests.ray_cluster import private_pdserve
 
 TINY = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -47,6 +53,34 @@ def test_the_overlap_is_measured_with_and_without_transfers(
         assert 0 <= told["share_ahead"]["median"] <= 1
         assert told["prefill_s"]["median"] > 0
         assert told["prefill_off_s"]["median"] > 0
+
+
+@pytest.mark.timeout(300)
+def test_arrangements_get_the_same_requests_and_the_results_go_on_where_they_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"t": 100 * i, "in": 48, "out": 4, "hash": [0, 1, 2 + i], "block": 16} for i in range(6)]
+    trace, file = tmp_path / "shared.jsonl", tmp_path / "results.json"
+    trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = ("split", "one unsplit")
+    plan = Plan(6, repetitions=2, max_sweep_runs=2, shape={**TINY}, arrangements=names)
+    workloads = [read_workload(trace, plan.num_requests)]
+    with private_pdserve() as pdserve:
+        for folder in ("XDG_RUNTIME_DIR", "RAY_TMPDIR"):
+            monkeypatch.setenv(folder, str(pdserve.runtime))
+        measure(plan, workloads, Results(file, plan, workloads))
+    told = json.loads(file.read_text())
+    for run in (*told["sweeps"], *told["runs"]):
+        assert (run["num_requests"], run["errors"]) == (6, {})
+        workers = {"split": {"prefill-0", "decode-0"}, "one unsplit": {"unsplit-0"}}[run["arrangement"]]
+        assert set(run["stepping"]) == workers
+        assert all(0 < share <= 1 for share in run["stepping"].values())
+        assert run["cached_share"] < 0.7, "no prompts of an earlier run, but for the 32 tokens that all share"
+    turns = [(run["repetition"], run["rate"], run["arrangement"]) for run in told["runs"]]
+    assert turns == [(number, rate, name) for number in (0, 1) for rate in ("low", "high") for name in names]
+    capsys.readouterr()
+    measure(plan, workloads, Results(file, plan, workloads))
+    assert capsys.readouterr().out == "all of it is measured already\n"
 
 
 def test_it_tells_where_and_how_it_was_measured() -> None:
