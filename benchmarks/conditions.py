@@ -14,10 +14,11 @@ import transformers
 
 def conditions(benchmark: str, module: str = "") -> dict[str, Any]:
     """Command, commit, time, hardware, load and versions. `module` is what runs, if not the benchmark of that
-    name."""
+    name. Of absolute paths the command has the last part: where a folder lies tells nothing elsewhere."""
+    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
     return {
         "benchmark": benchmark,
-        "command": f"python -m {module or f'benchmarks.{benchmark}'} " + " ".join(sys.argv[1:]),
+        "command": f"python -m {module or f'benchmarks.{benchmark}'} " + " ".join(words),
         "commit": _output_of("git", "rev-parse", "HEAD"),
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "hardware": {"cpu": _cpu_name(), "cores": os.cpu_count(), "load_average": os.getloadavg()},

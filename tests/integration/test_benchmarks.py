@@ -83,7 +83,8 @@ def test_arrangements_get_the_same_requests_and_the_results_go_on_where_they_end
     assert capsys.readouterr().out == "all of it is measured already\n"
 
 
-def test_it_tells_where_and_how_it_was_measured() -> None:
+def test_it_tells_where_and_how_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["", "/home/somebody/traces", "--json", "results/new.json"])
     told = conditions("engine")
-    assert told["command"].startswith("python -m benchmarks.engine")
+    assert told["command"] == "python -m benchmarks.engine traces --json results/new.json"
     assert {"commit", "measured_at", "hardware", "versions"} <= set(told)
