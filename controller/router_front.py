@@ -160,6 +160,7 @@ class RouterFront:
         admission = AdmissionLimits(**self._config.admission.model_dump())
         journey = JourneySettings(
             queue_timeout_s=self._config.queue_timeout_s,
+            policy=self._config.policy,
             objectives=_objectives(self._plan.deployment.config.slo),
         )
         links = LinkSettings(self._config.first_token_timeout_s, self._config.stall_timeout_s)

@@ -16,7 +16,7 @@ from pdserve.contract.block_names import ChainRoot
 from pdserve.contract.ids import Incarnation, SubmitNumber, WorkerId
 from pdserve.contract.messages import Hello, Member, PairTransport, Role, WorkerLoad, WorkerState
 from pdserve.contract.ports import Call, Clock, Engine, EngineExecutor, Handler, Rng, Rpc, RpcServer
-from pdserve.contract.work import BlockCounts
+from pdserve.contract.work import BlockCounts, StepCost
 from pdserve.engine.block_allocator import BlockAllocator
 from pdserve.engine.watchdog import WatchedExecutor
 from pdserve.handoff.ledger import BlockHold, BlockLedger
@@ -102,7 +102,9 @@ class Worker:
         self._sessions: SessionServer | None = None
         self.loop = self._make_loop(engine, clock, settings)
         self._departure = Departure(clock, self._give_back, self._emptied)
-        self._watches = WatchServer(self._hello(), self._allocator, self.load, clock)
+        share = settings.decode.local_prefill_share if role is Role.DECODE else 1.0
+        hello = self._hello(engine.cost, share)
+        self._watches = WatchServer(hello, self._allocator, self.load, clock)
         self._export_gauges()
 
     @property
@@ -284,9 +286,11 @@ class Worker:
             handlers[Call.SESSION] = self._sessions.serve
         return handlers
 
-    def _hello(self) -> Hello:
+    def _hello(self, cost: StepCost, prefill_share: float) -> Hello:
         root = ChainRoot(self._info.fingerprint)
-        return Hello(self.worker_id, self.incarnation, self.role, self._info, root.digest)
+        return Hello(
+            self.worker_id, self.incarnation, self.role, self._info, root.digest, cost, prefill_share
+        )
 
     def _waiting_tokens(self) -> int:
         own = self.loop.waiting_tokens if isinstance(self.loop, DecodeLoop) else 0

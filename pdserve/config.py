@@ -177,6 +177,11 @@ class AdminConfig(Section):
     `host` are allowed anyway."""
 
 
+PolicyName = Literal[
+    "longest_prefix", "round_robin", "least_loaded", "power_of_two", "sglang_cache_aware", "dynamo"
+]
+
+
 class RouterConfig(Section):
     """The routers and the APIs they serve."""
 
@@ -188,6 +193,9 @@ class RouterConfig(Section):
     """The OpenAI-compatible HTTP API; 0 picks a free port."""
     grpc_port: Port | None = 0
     """The gRPC API; 0 picks a free port, `null` turns it off."""
+    policy: PolicyName = "longest_prefix"
+    """How requests are placed: `longest_prefix` weighs prompt tokens held against tokens queued. The others
+    are to compare with: three that look at no cache, and what SGLang's and Dynamo's routers do."""
     queue_timeout_s: PositiveSeconds = 60.0
     """How long a request without a deadline waits for a worker that can take it."""
     first_token_timeout_s: PositiveSeconds = 600.0

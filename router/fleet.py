@@ -11,16 +11,20 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
-from pdserve.contract.ids import BlockHash, Incarnation, SubmitNumber, WorkerId
+from pdserve.contract.ids import BlockHash, Incarnation, WorkerId
 from pdserve.contract.messages import Hello, Member, Members, Report, Role, WorkerLoad, WorkerState
 from pdserve.contract.work import ModelInfo, hung_after_s
-from router.placement import Candidate
+from router.bookings import Booked, Bookings, Sum
+from router.placement.candidates import Candidate, Held, Pool
+from router.placement.policy import FleetView
 from router.prefix_index import PrefixIndex
 
 VERDICT_S = 2.0
 """A worker has so much longer to find out itself that its engine hangs."""
 PAIR_TIMEOUT_S = 5.0
 """How long a pair whose hand-off failed is not used."""
+
+_NO_PAIRS: frozenset[tuple[WorkerId, WorkerId]] = frozenset()
 
 
 class Identity(NamedTuple):
@@ -41,14 +45,6 @@ class Fate(StrEnum):
     """It was stopped on purpose."""
 
 
-class Booked(NamedTuple):
-    """What one attempt has sent to a worker."""
-
-    num_tokens: int
-    number: SubmitNumber | None = None
-    """Of the Submit that a decode worker got; a prefill worker hears of the attempt from that worker."""
-
-
 @dataclass(slots=True, eq=False)
 class WorkerView:
     """One member."""
@@ -67,8 +63,8 @@ class WorkerView:
     """It has said that it will be stopped; its process takes no more work."""
     indexed: bool = False
     """The prefix index counts what it holds."""
-    booked: dict[object, Booked] = field(default_factory=dict)
-    """Attempt -> what of it was sent here and is not done yet."""
+    booked: Bookings = field(default_factory=Bookings)
+    """What was sent here and is not done yet."""
     num_output_tokens: int = 0
     """That came from it to this router."""
 
@@ -92,6 +88,7 @@ class WorkerView:
         if self.load is None or load.step != self.load.step or not load.running_sequences:
             self.stepped_at = now
         self.load, self.reported_at = load, now
+        self.booked.reported(load.last_submit)
         if now - self.stepped_at > hung_after_s(self._predicted_step_s) + VERDICT_S:
             self.hung_step = load.step
 
@@ -103,24 +100,17 @@ class WorkerView:
         return max(self.load.decode_step_s, chunk_s if self.load.prefill_tokens_per_s else 0.0)
 
     @property
-    def queued_tokens(self) -> int:
-        """What this router has sent since the last report, on top of what was there then: the larger of what
-        the worker reports and what this router had sent it. Other routers send too, and a decode worker does
-        not report prompts that are still computed elsewhere."""
-        booked = sum(each.num_tokens for each in self.booked.values())
+    def to_do(self) -> Sum:
+        """What it has to do: as it reports, and what this router has sent."""
         if self.load is None:
-            return booked
-        reported = self.load.waiting_tokens
-        if self.member.role is not Role.PREFILL:
-            reported += self.load.running_context_tokens
-        sent_since = self._sent_after(self.load.last_submit)
-        return max(reported, booked - sent_since) + sent_since
-
-    def _sent_after(self, last_submit: SubmitNumber) -> int:
-        return sum(
-            each.num_tokens
-            for each in self.booked.values()
-            if each.number is not None and each.number > last_submit
+            return self.booked.with_report(Sum())
+        is_prefill = self.member.role is Role.PREFILL
+        return self.booked.with_report(
+            Sum(
+                self.load.running_sequences + self.load.waiting_requests,
+                self.load.waiting_tokens,
+                0 if is_prefill else self.load.running_context_tokens,
+            )
         )
 
 
@@ -136,6 +126,8 @@ class Fleet:
         self._failed_pairs: dict[tuple[WorkerId, WorkerId], float] = {}  # (prefill, decode) -> until
         self._former_model: ModelInfo | None = None
         self._leaving: dict[WorkerId, Incarnation] = {}  # who last said that it would be stopped
+        self._prefilling = Pool()  # the usable prefill workers
+        self._decoding = Pool()  # the usable workers that decode
 
     # What the controller says.
 
@@ -158,6 +150,7 @@ class Fleet:
         view.hello = hello
         view.indexed = True
         self.index.add_worker(hello.incarnation)
+        self._refresh(view)
 
     def strangers(self, hello: Hello) -> list[Hello]:
         """Of the workers that `hello`'s would be paired with by role, those whose KV means something else."""
@@ -178,11 +171,13 @@ class Fleet:
         self.index.sweep()
         agrees = self.index.agrees(report.incarnation, report.num_names, report.xor_names)
         self.num_index_mismatches += not agrees
+        self._refresh(view)
         self.changed.set()
         return agrees
 
     def connected(self, view: WorkerView) -> None:
         view.connected = True
+        self._refresh(view)
         self.changed.set()
 
     def lost(self, view: WorkerView) -> None:
@@ -192,6 +187,7 @@ class Fleet:
         if view.indexed and view.hello is not None:  # once: the incarnation may be back in another view
             view.indexed = False
             self.index.remove_worker(view.hello.incarnation)
+        self._refresh(view)
         self.changed.set()
 
     def leaves(self, who: Identity) -> None:
@@ -221,27 +217,37 @@ class Fleet:
         models = (hello.model for hello in decoding or hellos)
         return max(models, key=lambda model: model.pool_tokens, default=self._former_model)
 
-    def candidates(
-        self, names: Sequence[BlockHash], block_size: int, roles: Sequence[Role], num_tokens: int
-    ) -> list[Candidate]:
-        """The usable workers of `roles` whose pool takes `num_tokens`, with what they hold of a prompt with
-        these block names."""
-        held = self.index.num_held_blocks(names)
-        return [
-            Candidate(
-                worker_id=view.member.worker_id,
-                fingerprint=view.hello.model.fingerprint,
-                held_tokens=held.get(view.hello.incarnation, 0) * block_size,
-                queued_tokens=view.queued_tokens,
-            )
-            for view in self.workers.values()
-            if view.usable and view.hello is not None and view.member.role in roles
-            if view.hello.model.pool_tokens >= num_tokens
-        ]
+    def view(self, names: Sequence[BlockHash], block_size: int, now: float) -> FleetView:
+        """What is believed of the usable workers while a prompt with these block names is placed; only good
+        until something changes."""
+        depths = self.index.holders(names)
+        held = Held([(num_blocks * block_size, bits) for num_blocks, bits in depths])
+        return FleetView(self._decoding, self._prefilling, held, self.unusable_pairs(now))
 
     def unusable_pairs(self, now: float) -> frozenset[tuple[WorkerId, WorkerId]]:
+        if not self._failed_pairs:
+            return _NO_PAIRS
         self._failed_pairs = {pair: until for pair, until in self._failed_pairs.items() if until > now}
         return frozenset(self._failed_pairs)
+
+    # What the journey sends.
+
+    def book(self, worker_id: WorkerId, attempt: object, booked: Booked) -> WorkerView:
+        """An attempt has been sent to a worker. Told about it again with the view that is returned."""
+        view = self.workers[worker_id]
+        view.booked.add(attempt, booked)
+        self._refresh(view)
+        return view
+
+    def prefill_is_done(self, view: WorkerView, attempt: object) -> None:
+        """The worker has computed the attempt's prompt."""
+        view.booked.prefill_is_done(attempt)
+        self._refresh(view)
+
+    def release(self, view: WorkerView, attempt: object) -> None:
+        """The attempt needs nothing more of the worker."""
+        view.booked.drop(attempt)
+        self._refresh(view)
 
     def fate(self, who: Identity) -> Fate:
         if self._leaving.get(who.worker_id) == who.incarnation or self._node_is_lost(who.worker_id):
@@ -260,6 +266,39 @@ class Fleet:
 
     def num_usable(self, role: Role) -> int:
         return sum(view.usable and view.member.role is role for view in self.workers.values())
+
+    def _refresh(self, view: WorkerView) -> None:
+        """Bring the pools up to date with what is believed of a worker."""
+        worker_id = view.member.worker_id
+        if self.workers.get(worker_id, view) is not view:  # an earlier process of that name
+            return
+        mine, other = self._decoding, self._prefilling
+        if view.member.role is Role.PREFILL:
+            mine, other = other, mine
+        other.remove(worker_id)
+        if view.usable and view.hello is not None and view.load is not None:
+            mine.put(self._candidate(view, view.hello, view.load))
+        else:
+            mine.remove(worker_id)
+
+    def _candidate(self, view: WorkerView, hello: Hello, load: WorkerLoad) -> Candidate:
+        decodes = view.member.role is not Role.PREFILL
+        model, to_do = hello.model, view.to_do
+        filled = max((load.blocks.active + load.blocks.reserved) * model.block_size, to_do.context_tokens)
+        return Candidate(
+            worker_id=view.member.worker_id,
+            fingerprint=model.fingerprint,
+            owner_bit=self.index.bit_of(hello.incarnation),
+            pool_tokens=model.pool_tokens,
+            free_tokens=max(0, model.pool_tokens - filled),
+            num_requests=to_do.requests,
+            queued_prefill_tokens=to_do.prefill_tokens,
+            running_sequences=to_do.requests if decodes else 0,
+            context_tokens=to_do.context_tokens,
+            num_cached_blocks=self.index.num_names_of(hello.incarnation),
+            cost=hello.cost,
+            prefill_share=hello.prefill_share,
+        )
 
     def _note_state(self, view: WorkerView, state: WorkerState) -> None:
         if state in (WorkerState.DRAINING, WorkerState.STOPPED):
@@ -283,6 +322,7 @@ class Fleet:
                 self.lost(view)
             self._forget_failures(worker_id)
             view = self.workers[worker_id] = WorkerView(member)
+        self._refresh(view)
         self._note_state(view, member.state)
 
     def _forget_failures(self, worker_id: WorkerId) -> None:

@@ -30,20 +30,20 @@ from pdserve.contract.ids import RequestId, SubmitNumber, WorkerId
 from pdserve.contract.messages import (
     CancelReason,
     PrefillSource,
-    Role,
     Submit,
     TokenEvent,
 )
 from pdserve.contract.ports import Clock, Rng
 from pdserve.contract.tokens import num_tokens, slice_tokens
-from pdserve.contract.work import ModelInfo
 from pdserve.metrics import RouterMetrics
 from router.admission import Admission
+from router.bookings import Booked
 from router.bounds import check_length
-from router.fleet import Booked, Fate, Fleet, Identity, WorkerView
+from router.fleet import Fate, Fleet, Identity
 from router.links import Links, Submission, SubmissionEnd, SubmissionTokens
 from router.objectives import Objectives, Verdict
-from router.placement import Candidate, Placement, choose
+from router.placement.policies import DEFAULT_POLICY, make_policy
+from router.placement.policy import Placement, PlacementRequest
 from router.progress import Attempt, Progress
 from router.recent_times import RecentLatencies
 from router.report_json import log_fields
@@ -71,6 +71,8 @@ class JourneySettings:
     """Before placing again what a worker has refused."""
     objectives: Objectives = field(default_factory=Objectives)
     """What requests have to keep to be counted as good."""
+    policy: str = DEFAULT_POLICY
+    """The name of a placement policy (`router.placement.policies`)."""
 
 
 class Journey:
@@ -97,7 +99,7 @@ class Journey:
         self._reports = reports
         self._recent = recent
         self._settings = settings
-        self._num_placed = 0
+        self._policy = make_policy(settings.policy, rng)
         self._live: set[Progress] = set()
         asked = settings.objectives
         metrics.slo.set_objectives({each.value: s for each, s in asked.limits_s.items()}, asked.target)
@@ -170,6 +172,8 @@ class Journey:
             f"admission counts {inside[0]} requests of {inside[1]} tokens, {len(self._live)} of "
             f"{num_tokens_inside} are live"
         )
+        for view in self._fleet.workers.values():
+            view.booked.check_integrity()
         num_booked = len({booking for view in self._fleet.workers.values() for booking in view.booked})
         assert num_booked <= len(self._live), (
             f"{num_booked} attempts of {len(self._live)} requests are booked"
@@ -247,20 +251,16 @@ class Journey:
         if not progress.names:
             root = ChainRoot(info.fingerprint, progress.request.cache_salt)
             progress.names = name_blocks(progress.request.prompt_tokens, info.block_size, root.seed)
-        self._num_placed += 1
         self._judge(progress)
-        sources = () if progress.is_suspect else (Role.PREFILL,)
-        return choose(
-            self._candidates(progress, info, (Role.DECODE, Role.UNSPLIT), progress.most_tokens),
-            self._candidates(progress, info, sources, progress.num_known),
-            self._fleet.unusable_pairs(self._clock.now()),
-            self._num_placed,
+        request = PlacementRequest(
+            progress.num_known,
+            progress.most_tokens,
+            progress.most_tokens - progress.num_known,
+            progress.is_suspect,
         )
-
-    def _candidates(
-        self, progress: Progress, info: ModelInfo, roles: tuple[Role, ...], num: int
-    ) -> list[Candidate]:
-        return self._fleet.candidates(progress.names, info.block_size, roles, num)
+        return self._policy.choose(
+            request, self._fleet.view(progress.names, info.block_size, self._clock.now())
+        )
 
     async def _attempt(self, progress: Progress, attempt: Attempt) -> AsyncGenerator[OutputDelta, None]:
         """One attempt: yields new tokens; raises the error that ended it before the output was finished."""
@@ -402,9 +402,7 @@ class Journey:
         return _Waiting(self._metrics, progress.num_prompt)
 
     def _book(self, progress: Progress, placement: Placement, number: SubmitNumber) -> "_Booking":
-        decode = self._fleet.workers[placement.decode]
-        prefill = None if placement.prefill is None else self._fleet.workers[placement.prefill]
-        return _Booking(decode, prefill, progress.num_known, number)
+        return _Booking(self._fleet, placement, progress.num_known, number)
 
     def _remaining_s(self, progress: Progress) -> float | None:
         return None if progress.deadline_at is None else max(0.0, progress.deadline_at - self._clock.now())
@@ -417,23 +415,30 @@ class Journey:
 class _Booking:
     """One attempt's tokens on the books of its workers, from its submission to its end."""
 
-    def __init__(
-        self, decode: WorkerView, prefill: WorkerView | None, num: int, number: SubmitNumber
-    ) -> None:
-        self._decode = decode
-        self._prefill = prefill
-        decode.booked[self] = Booked(num, number)
-        if prefill is not None:
-            prefill.booked[self] = Booked(num)
+    def __init__(self, fleet: Fleet, placement: Placement, num_tokens: int, number: SubmitNumber) -> None:
+        self._fleet = fleet
+        computes = placement.prefill is None
+        to_compute = placement.num_to_compute
+        booked = Booked(to_compute if computes else 0, num_tokens, number)
+        self._decode = fleet.book(placement.decode, self, booked)
+        self._prefill = None
+        if placement.prefill is not None:
+            self._prefill = fleet.book(placement.prefill, self, Booked(to_compute, 0))
+        self._computing = True
 
     def prefill_is_done(self) -> None:
-        """The first token is there: the prefill worker has worked off this prompt."""
-        if self._prefill is not None:
-            self._prefill.booked.pop(self, None)
+        """The first token is there: the prompt has been worked off."""
+        if not self._computing:
+            return
+        self._computing = False
+        if self._prefill is None:
+            self._fleet.prefill_is_done(self._decode, self)
+        else:
+            self._fleet.release(self._prefill, self)
 
     def clear(self) -> None:
         self.prefill_is_done()
-        self._decode.booked.pop(self, None)
+        self._fleet.release(self._decode, self)
 
 
 class _Waiting:

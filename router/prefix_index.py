@@ -91,19 +91,33 @@ class PrefixIndex:
         slot = self._slots[worker]
         return slot.num_names == num_names and slot.xor_names == xor_names
 
-    def num_held_blocks(self, names: Sequence[BlockHash]) -> dict[Incarnation, int]:
-        """How many leading blocks of a prompt each worker holds; workers that hold none are left out."""
-        held: dict[Incarnation, int] = {}
+    def bit_of(self, worker: Incarnation) -> int:
+        """The worker's bit in what `holders` returns; 0 for one that is not known."""
+        slot = self._slots.get(worker)
+        return 0 if slot is None else slot.bit
+
+    def num_names_of(self, worker: Incarnation) -> int:
+        """How many blocks a worker holds; 0 for one that is not known."""
+        slot = self._slots.get(worker)
+        return 0 if slot is None else slot.num_names
+
+    def holders(self, names: Sequence[BlockHash]) -> list[tuple[int, int]]:
+        """Who holds how many leading blocks of a prompt: (blocks, bits of the workers that hold just so
+        many), the deepest first. Workers that hold none are left out."""
+        found: list[tuple[int, int]] = []
         holders = self._alive
         for depth, name in enumerate(names):
             still = self._shards[name >> _SHARD_SHIFT].get(name, 0) & holders
             if still != holders:
-                self._note(held, holders & ~still, depth)
+                if depth:
+                    found.append((depth, holders & ~still))
                 holders = still
                 if not holders:
-                    return held
-        self._note(held, holders, len(names))
-        return held
+                    break
+        if holders and names:
+            found.append((len(names), holders))
+        found.reverse()
+        return found
 
     def sweep(self) -> None:
         """Clear dead workers' bits in one shard each. Called now and then; never more than 1/256 of the
@@ -132,12 +146,6 @@ class PrefixIndex:
     def _new_bit(self) -> int:
         self._num_bits += 1
         return 1 << (self._num_bits - 1)
-
-    def _note(self, held: dict[Incarnation, int], bits: int, depth: int) -> None:
-        while bits and depth:
-            bit = bits & -bits
-            held[self._owners[bit]] = depth
-            bits ^= bit
 
 
 def _set_owners(shard: dict[BlockHash, int], name: BlockHash, owners: int) -> None:

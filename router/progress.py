@@ -10,7 +10,7 @@ from pdserve.contract.tokens import num_tokens
 from router.fleet import Identity
 from router.links import SubmissionTokens
 from router.objectives import Pace
-from router.placement import Placement
+from router.placement.policy import Placement
 from router.request_reports import MAX_ATTEMPTS, AttemptReport, RequestReport, shortened
 from router.requests import Closing, GenerateRequest
 

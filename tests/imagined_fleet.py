@@ -9,7 +9,7 @@ from pdserve.clock import LoopClock, SeededRng
 from pdserve.contract.ids import Incarnation, RouterId, SubmitNumber, WorkerId
 from pdserve.contract.messages import Hello, Member, Members, Report, Role, WorkerLoad, WorkerState
 from pdserve.contract.work import BlockCounts, ModelInfo
-from pdserve.engine.fake_engine import FakeEngine
+from pdserve.engine.fake_engine import DEFAULT_COST, FakeEngine
 from pdserve.rpc.credentials import AdminToken
 from pdserve.rpc.memory_rpc import MemoryNetwork, MemoryRpc
 from router.admin.api import create_admin_app
@@ -92,6 +92,9 @@ class ImaginedFleet:
         fleet.set_members(Members(1, members))
         for view in fleet.workers.values():
             member = view.member
-            fleet.hello(view, Hello(member.worker_id, member.incarnation, member.role, self._model, b""))
+            hello = Hello(
+                member.worker_id, member.incarnation, member.role, self._model, b"", DEFAULT_COST, 1.0
+            )
+            fleet.hello(view, hello)
             fleet.connected(view)
             self.report(member.worker_id, IDLE)

@@ -23,7 +23,7 @@ from pdserve.contract.errors import ErrorInfo
 from pdserve.contract.ids import BlockHash, Incarnation, RequestId, RouterId, SubmitNumber, WorkerId
 from pdserve.contract.sampling import FinishReason, SamplingParams
 from pdserve.contract.tokens import TokenBytes
-from pdserve.contract.work import BlockCounts, LayerRange, ModelInfo, PoolExport, TokenLogprobs
+from pdserve.contract.work import BlockCounts, LayerRange, ModelInfo, PoolExport, StepCost, TokenLogprobs
 
 PROTOCOL_VERSION = 1
 
@@ -241,6 +241,10 @@ class Hello:
     model: ModelInfo
     root_digest: bytes
     """`ChainRoot.digest` of the empty salt. A router with another one would look for other names."""
+    cost: StepCost
+    """How long steps take there, as its calibration found."""
+    prefill_share: float
+    """Most of its time that it spends on prompts while sequences run beside them."""
 
 
 @dataclass(frozen=True, slots=True)

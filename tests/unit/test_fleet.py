@@ -6,9 +6,12 @@ import pytest
 
 from pdserve.contract.ids import BlockHash, Incarnation, SubmitNumber, WorkerId
 from pdserve.contract.messages import Hello, Member, Members, Report, Role, WorkerLoad, WorkerState
-from pdserve.contract.work import BlockCounts
-from pdserve.engine.fake_engine import FakeEngine
-from router.fleet import PAIR_TIMEOUT_S, Booked, Fate, Fleet, Identity, WorkerView
+from pdserve.contract.work import BlockCounts, ModelInfo
+from pdserve.engine.fake_engine import DEFAULT_COST, FakeEngine
+from router.bookings import Booked, Sum
+from router.fleet import PAIR_TIMEOUT_S, Fate, Fleet, Identity, WorkerView
+from router.placement.longest_prefix import LongestPrefix
+from router.placement.policy import PlacementRequest
 
 INFO = FakeEngine(num_blocks=8).info
 LOAD = WorkerLoad(
@@ -38,12 +41,17 @@ def report(incarnation: int, stored: tuple[int, ...] = (), **fields: object) -> 
     return replace(base, **fields)  # type: ignore[arg-type]
 
 
+def hello_of(view: WorkerView, incarnation: int, info: ModelInfo) -> Hello:
+    member = view.member
+    return Hello(member.worker_id, Incarnation(incarnation), member.role, info, b"", DEFAULT_COST, 0.5)
+
+
 def connect(
     fleet: Fleet, name: str, incarnation: int = 1, stored: tuple[int, ...] = (), num_blocks: int = 8
 ) -> WorkerView:
     view = fleet.workers[WorkerId(name)]
     info = replace(INFO, num_blocks=num_blocks)
-    fleet.hello(view, Hello(view.member.worker_id, Incarnation(incarnation), view.member.role, info, b""))
+    fleet.hello(view, hello_of(view, incarnation, info))
     assert fleet.report(view, report(incarnation, stored), now=1.0)
     fleet.connected(view)
     return view
@@ -55,15 +63,17 @@ def test_a_worker_is_usable_only_while_connected_and_ready() -> None:
     view = connect(fleet, "d0", stored=(5, 6))
     assert view.usable
     names = [BlockHash(5), BlockHash(6)]
-    (candidate,) = fleet.candidates(names, 4, [Role.DECODE], 8)
-    assert candidate.held_tokens == 8
+    seen = fleet.view(names, 4, now=1.0)
+    (candidate,) = seen.decode
+    assert seen.held.tokens(candidate) == 8
+    assert list(seen.prefill) == []
     fleet.report(
         view, report(1, load=replace(LOAD, state=WorkerState.DRAINING), num_names=2, xor_names=3), now=2.0
     )
     assert not view.usable
     fleet.lost(view)
-    assert fleet.candidates(names, 4, [Role.DECODE], 8) == []
-    assert fleet.index.num_held_blocks(names) == {}
+    assert list(fleet.view(names, 4, now=3.0).decode) == []
+    assert fleet.index.holders(names) == []
 
 
 def test_an_old_membership_is_dropped_and_a_new_incarnation_starts_afresh() -> None:
@@ -90,25 +100,51 @@ def test_what_was_sent_after_the_last_report_comes_on_top_of_it() -> None:
     fleet = Fleet()
     fleet.set_members(Members(1, (member("d0"),)))
     view = connect(fleet, "d0")
-    view.booked["a"] = Booked(30, SubmitNumber(1))
-    view.booked["b"] = Booked(12, SubmitNumber(2))
-    assert view.queued_tokens == 42  # it has reported neither
-    view.load = replace(LOAD, waiting_tokens=40, running_context_tokens=60, last_submit=SubmitNumber(1))
-    assert view.queued_tokens == 100 + 12  # of others it has more, and b is on its way
-    view.load = replace(view.load, last_submit=SubmitNumber(2))
-    assert view.queued_tokens == 100
-    view.load = replace(view.load, running_context_tokens=0, waiting_tokens=0)
-    assert view.queued_tokens == 42  # both are computed elsewhere at the moment
+    fleet.book(WorkerId("d0"), "a", Booked(0, 30, SubmitNumber(1)))
+    fleet.book(WorkerId("d0"), "b", Booked(5, 12, SubmitNumber(2)))
+    assert view.to_do == Sum(2, 5, 42)  # it has reported neither
+    busy = replace(LOAD, running_sequences=3, waiting_tokens=40, running_context_tokens=60)
+    fleet.report(view, report(1, load=replace(busy, last_submit=SubmitNumber(1))), now=2.0)
+    assert view.to_do == Sum(3 + 1, 40 + 5, 60 + 12)  # of others it has more, and b is on its way
+    (candidate,) = fleet.view([], 4, now=2.0).decode
+    assert (candidate.queued_prefill_tokens, candidate.running_sequences) == (45, 4)
+    assert (candidate.context_tokens, candidate.queued_tokens) == (72, 45 + 72)
+    fleet.report(view, report(1, load=replace(busy, last_submit=SubmitNumber(2))), now=3.0)
+    assert view.to_do == Sum(3, 40, 60)
+    fleet.report(view, report(1, load=replace(LOAD, last_submit=SubmitNumber(2))), now=4.0)
+    assert view.to_do == Sum(2, 5, 42)  # both are computed elsewhere at the moment
+    fleet.prefill_is_done(view, "b")
+    assert view.to_do == Sum(2, 0, 42)
+    view.booked.check_integrity()
+    fleet.release(view, "a")
+    fleet.release(view, "b")
+    assert (len(view.booked), view.to_do) == (0, Sum())
 
 
 def test_a_prefill_worker_counts_what_it_reports_or_what_was_sent_there() -> None:
     fleet = Fleet()
     fleet.set_members(Members(1, (member("p0", role=Role.PREFILL),)))
     view = connect(fleet, "p0")
-    view.booked["a"] = Booked(30)
-    assert view.queued_tokens == 30
-    view.load = replace(LOAD, waiting_tokens=40, running_context_tokens=60)
-    assert view.queued_tokens == 40
+    fleet.book(WorkerId("p0"), "a", Booked(30, 0))
+    assert view.to_do == Sum(1, 30, 0)
+    load = replace(LOAD, waiting_tokens=40, running_context_tokens=60)
+    fleet.report(view, report(1, load=load), now=2.0)
+    assert view.to_do == Sum(1, 40, 0)
+    (candidate,) = fleet.view([], 4, now=2.0).prefill
+    assert (candidate.queued_tokens, candidate.running_sequences) == (40, 0)
+
+
+def test_a_replaced_worker_loses_its_place_to_the_new_process_alone() -> None:
+    fleet = Fleet()
+    fleet.set_members(Members(1, (member("d0"),)))
+    old = connect(fleet, "d0")
+    fleet.book(WorkerId("d0"), "a", Booked(0, 30, SubmitNumber(1)))
+    fleet.set_members(Members(2, (member("d0", incarnation=2),)))
+    assert list(fleet.view([], 4, now=1.0).decode) == []
+    connect(fleet, "d0", incarnation=2)
+    fleet.release(old, "a")
+    (candidate,) = fleet.view([], 4, now=1.0).decode
+    assert candidate.num_requests == 0
 
 
 def test_the_largest_pool_that_decodes_bounds_requests_and_small_pools_get_no_long_ones() -> None:
@@ -121,10 +157,11 @@ def test_the_largest_pool_that_decodes_bounds_requests_and_small_pools_get_no_lo
     info = fleet.model_info()
     assert info is not None
     assert info.num_blocks == 16
-    fitting = {
-        num: [each.worker_id for each in fleet.candidates([], 4, [Role.DECODE], num)] for num in (32, 33, 65)
-    }
-    assert fitting == {32: ["d0", "d1"], 33: ["d1"], 65: []}
+    policy = LongestPrefix()
+    seen = fleet.view([], 4, now=1.0)
+    chosen = {num: [policy.choose(PlacementRequest(1, num), seen) for _ in "12"] for num in (32, 33, 65)}
+    names = {num: {placed.decode for placed in both if placed} for num, both in chosen.items()}
+    assert names == {32: {"d0", "d1"}, 33: {"d1"}, 65: set()}
 
 
 @pytest.mark.parametrize(("later_s", "usable"), [(PAIR_TIMEOUT_S - 0.1, False), (PAIR_TIMEOUT_S, True)])

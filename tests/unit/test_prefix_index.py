@@ -46,7 +46,7 @@ def test_against_sets_of_names(
         elif worker in truth:
             index.remove(worker, names)
             truth[worker] -= set(names)
-    assert index.num_held_blocks(prompt) == _leading_runs(truth, prompt)
+    assert num_held_blocks(index, prompt) == _leading_runs(truth, prompt)
     for worker, held in truth.items():
         xor = 0
         for name in held:
@@ -65,7 +65,15 @@ def test_a_swept_bit_is_given_to_the_next_worker_without_the_old_names() -> None
         index.sweep()
     assert index.num_names == 0
     index.add_worker(Incarnation(2))
-    assert index.num_held_blocks(NAMES) == {}
+    assert index.holders(NAMES) == []
+
+
+def num_held_blocks(index: PrefixIndex, prompt: list[BlockHash]) -> dict[Incarnation, int]:
+    """What `holders` tells, by worker."""
+    bits = {worker: index.bit_of(worker) for worker in map(Incarnation, range(1, 6))}
+    depths = index.holders(prompt)
+    assert depths == sorted(depths, reverse=True)
+    return {worker: depth for depth, owners in depths for worker, bit in bits.items() if bit & owners}
 
 
 def _leading_runs(

@@ -10,7 +10,7 @@ from pdserve.contract.messages import RequestTimings
 from pdserve.contract.sampling import SamplingParams
 from pdserve.contract.tokens import pack_tokens
 from router.grpc_convert import timings_from
-from router.placement import Placement
+from router.placement.policy import Placement
 from router.progress import Progress
 from router.report_json import log_fields, report_json, timings_json
 from router.request_reports import (
@@ -184,7 +184,7 @@ def test_of_many_attempts_the_last_are_told_and_all_are_counted() -> None:
     request = GenerateRequest(pack_tokens([5] * 33), SamplingParams(max_tokens=9), origin=REPORT.origin)
     progress = Progress(RequestId("r-2"), request, 1, REPORT.arrived_at, 100.0, None, Closing())
     for number in range(1, MAX_ATTEMPTS + 5):
-        attempt = progress.next_attempt(Placement(WorkerId("decode-0"), None, "local"), 100.0 + number)
+        attempt = progress.next_attempt(Placement(WorkerId("decode-0"), None, "local", 1), 100.0 + number)
         attempt.ended("preempted", 100.5 + number, "x" * 10_000)
         progress.recoveries["preempted"] += 1
     report = progress.report()

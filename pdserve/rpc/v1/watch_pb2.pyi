@@ -59,18 +59,34 @@ class WatchOpen(_message.Message):
     def __init__(self, watcher_id: _Optional[str] = ..., watcher_incarnation: _Optional[int] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "role", "model", "root_digest")
+    __slots__ = ("worker_id", "incarnation", "role", "model", "root_digest", "cost", "prefill_share")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ROOT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    COST_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_SHARE_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: int
     role: Role
     model: ModelInfo
     root_digest: bytes
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., root_digest: _Optional[bytes] = ...) -> None: ...
+    cost: StepCost
+    prefill_share: float
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., root_digest: _Optional[bytes] = ..., cost: _Optional[_Union[StepCost, _Mapping]] = ..., prefill_share: _Optional[float] = ...) -> None: ...
+
+class StepCost(_message.Message):
+    __slots__ = ("fixed_s", "per_prefill_token_s", "per_decode_sequence_s", "per_context_token_s")
+    FIXED_S_FIELD_NUMBER: _ClassVar[int]
+    PER_PREFILL_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    PER_DECODE_SEQUENCE_S_FIELD_NUMBER: _ClassVar[int]
+    PER_CONTEXT_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    fixed_s: float
+    per_prefill_token_s: float
+    per_decode_sequence_s: float
+    per_context_token_s: float
+    def __init__(self, fixed_s: _Optional[float] = ..., per_prefill_token_s: _Optional[float] = ..., per_decode_sequence_s: _Optional[float] = ..., per_context_token_s: _Optional[float] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
     __slots__ = ("name", "architecture", "revision", "dtype", "vocab_size", "max_model_len", "num_layers", "num_kv_heads", "head_dim", "block_size", "num_blocks", "block_bytes", "eos_token_ids", "fingerprint", "chunk_tokens", "deterministic")

@@ -1,0 +1,104 @@
+"""What a router has sent to one worker and is not done yet, and how that adds to its own reports. Pure.
+
+A worker's report covers what came up to its `last_submit`. What was sent since is added to it; what was sent
+before may be missing in it all the same, because a decode worker does not report prompts that are still
+computed elsewhere. So the larger of report and books counts, plus what was sent since.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pdserve.contract.ids import SubmitNumber
+
+
+class Booked(NamedTuple):
+    """What one attempt has sent to a worker."""
+
+    prefill_tokens: int
+    """Prompt tokens that it is to compute."""
+    context_tokens: int
+    """Tokens of KV that it is to hold for a sequence that decodes there; 0 at a prefill worker."""
+    number: SubmitNumber | None = None
+    """Of the Submit that a decode worker got; a prefill worker hears of the attempt from that worker."""
+
+
+@dataclass(slots=True)
+class Sum:
+    """Of several bookings."""
+
+    requests: int = 0
+    prefill_tokens: int = 0
+    context_tokens: int = 0
+
+    def add(self, booked: Booked, sign: int = 1) -> None:
+        self.requests += sign
+        self.prefill_tokens += sign * booked.prefill_tokens
+        self.context_tokens += sign * booked.context_tokens
+
+
+class Bookings:
+    """Attempt -> what of it was sent to one worker."""
+
+    def __init__(self) -> None:
+        self._booked: dict[object, Booked] = {}
+        self._last_submit = 0
+        self._total = Sum()
+        self._unreported = Sum()  # sent after the last report
+
+    def __len__(self) -> int:
+        return len(self._booked)
+
+    def __iter__(self) -> Iterator[object]:
+        return iter(self._booked)
+
+    def add(self, attempt: object, booked: Booked) -> None:
+        self._booked[attempt] = booked
+        self._count(booked, 1)
+
+    def prefill_is_done(self, attempt: object) -> None:
+        """The prompt of an attempt has been computed here."""
+        booked = self._booked.get(attempt)
+        if booked is not None and booked.prefill_tokens:
+            self.drop(attempt)
+            self.add(attempt, booked._replace(prefill_tokens=0))
+
+    def drop(self, attempt: object) -> None:
+        """An attempt is over, or was never here."""
+        booked = self._booked.pop(attempt, None)
+        if booked is not None:
+            self._count(booked, -1)
+
+    def reported(self, last_submit: SubmitNumber) -> None:
+        """A report has come that covers all Submits up to this one."""
+        self._last_submit = last_submit
+        self._unreported = Sum()
+        for booked in self._booked.values():
+            if self._is_unreported(booked):
+                self._unreported.add(booked)
+
+    def with_report(self, reported: Sum) -> Sum:
+        """What the worker has to do, when it has reported so much."""
+        total, since = self._total, self._unreported
+        return Sum(
+            max(reported.requests, total.requests - since.requests) + since.requests,
+            max(reported.prefill_tokens, total.prefill_tokens - since.prefill_tokens) + since.prefill_tokens,
+            max(reported.context_tokens, total.context_tokens - since.context_tokens) + since.context_tokens,
+        )
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless the sums are those of the bookings."""
+        total, since = Sum(), Sum()
+        for booked in self._booked.values():
+            total.add(booked)
+            if self._is_unreported(booked):
+                since.add(booked)
+        assert (total, since) == (self._total, self._unreported), "booked sums do not add up"
+
+    def _count(self, booked: Booked, sign: int) -> None:
+        self._total.add(booked, sign)
+        if self._is_unreported(booked):
+            self._unreported.add(booked, sign)
+
+    def _is_unreported(self, booked: Booked) -> bool:
+        return booked.number is not None and booked.number > self._last_submit
