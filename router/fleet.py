@@ -196,6 +196,7 @@ class Fleet:
         view = self.workers.get(who.worker_id)
         if view is not None and view.identity == who:
             view.is_leaving = True
+            self._refresh(view)
 
     def pair_refused(self, prefill: WorkerId, decode: WorkerId) -> None:
         """Their KV does not mean the same: no such pair until one of them is another incarnation."""
