@@ -7,11 +7,12 @@ same seed is the same run. No thread and no socket may be used under it.
 
 import asyncio
 import random
-import selectors
 import time
 from collections.abc import Coroutine
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
+
+from pdserve.virtual_loop import VirtualLoop
 
 T = TypeVar("T")
 
@@ -37,7 +38,7 @@ class VirtualClock(LoopClock):
 
     def now(self) -> float:
         loop = asyncio.get_running_loop()
-        if not isinstance(loop, _VirtualLoop):
+        if not isinstance(loop, VirtualLoop):
             raise RuntimeError("VirtualClock needs run_virtual()")
         return loop.time()
 
@@ -65,49 +66,7 @@ class SeededRng:
         return self._random.getrandbits(num_bits)
 
 
-class VirtualDeadlock(RuntimeError):
-    """Nothing is ready and no timer is set: the simulated system can never move again."""
-
-
 def run_virtual(main: Coroutine[Any, Any, T]) -> T:
     """Run `main` to its end in virtual time, starting at 0. Raises VirtualDeadlock instead of hanging."""
-    with asyncio.Runner(loop_factory=_VirtualLoop) as runner:
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(main)
-
-
-class _VirtualSelector(selectors.BaseSelector):
-    """Never waits: a wait of t seconds moves the clock by t."""
-
-    def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
-        self.now = 0.0
-
-    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
-        return self._selector.register(fileobj, events, data)
-
-    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
-        return self._selector.unregister(fileobj)
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        if timeout is None:
-            ready = self._selector.select(0)  # a signal's wake-up; nothing else may come from outside
-            if not ready:
-                raise VirtualDeadlock("no task is ready and no timer is set")
-            return ready
-        self.now += max(0.0, timeout)
-        return []
-
-    def get_map(self) -> Any:
-        return self._selector.get_map()
-
-    def close(self) -> None:
-        self._selector.close()
-
-
-class _VirtualLoop(asyncio.SelectorEventLoop):
-    def __init__(self) -> None:
-        self._virtual = _VirtualSelector()
-        super().__init__(self._virtual)
-
-    def time(self) -> float:
-        return self._virtual.now

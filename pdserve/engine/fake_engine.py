@@ -244,8 +244,10 @@ class FakeBlockStore:
 
     def read_tokens(self, block_ids: Sequence[BlockId], count: int) -> bytes:
         """The lanes of a sequence's first `count` tokens, in order [token, layer, key/value]."""
-        rows, offsets = self._locate(block_ids, 0, count)
-        return self._lanes[rows, :, :, offsets].tobytes()
+        _, num_layers, keys_and_values, block_size = self._lanes.shape
+        of_blocks = self._lanes[list(block_ids[: blocks_for(count, block_size)])]
+        of_tokens = of_blocks.transpose(0, 3, 1, 2).reshape(-1, num_layers, keys_and_values)
+        return of_tokens[:count].tobytes()
 
     def write_tokens(self, block_ids: Sequence[BlockId], start: int, kv: bytes, layers: LayerRange) -> None:
         """Put those of `layers` of lanes in order [token, layer, key/value] at positions from `start` on."""

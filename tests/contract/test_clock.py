@@ -11,10 +11,10 @@ from pdserve.clock import (
     SeededRng,
     SystemRng,
     VirtualClock,
-    VirtualDeadlock,
     run_virtual,
 )
 from pdserve.contract.ports import Clock, Rng
+from pdserve.virtual_loop import MIN_TIMERS, VirtualDeadlock
 
 Story = Callable[[Clock], Awaitable[None]]
 Play = Callable[[Story], None]
@@ -108,6 +108,33 @@ def test_a_virtual_system_that_can_never_move_again_says_so() -> None:
 
     with pytest.raises(VirtualDeadlock):
         run_virtual(story())
+
+
+def test_timers_of_one_virtual_moment_run_in_the_order_in_which_they_were_set() -> None:
+    async def story() -> list[int]:
+        loop, ran = asyncio.get_running_loop(), []
+        for number in range(50):
+            loop.call_at(1.0, ran.append, number)
+        await asyncio.sleep(1.0)
+        return ran
+
+    assert run_virtual(story()) == list(range(50))
+
+
+def test_timers_that_were_cancelled_neither_run_nor_move_virtual_time() -> None:
+    async def story() -> float:
+        loop, ran = asyncio.get_running_loop(), []
+        timers = [loop.call_later(number, ran.append, number) for number in range(3 * MIN_TIMERS)]
+        kept = {7, MIN_TIMERS + 7}
+        for number, timer in enumerate(timers):
+            if number not in kept:
+                timer.cancel()
+        timers += [loop.call_later(1e6, ran.append, -1) for _ in range(MIN_TIMERS)]
+        await asyncio.sleep(2 * MIN_TIMERS)
+        assert ran == sorted(kept)
+        return loop.time()
+
+    assert run_virtual(story()) == 2 * MIN_TIMERS
 
 
 async def test_the_virtual_clock_refuses_another_loop() -> None:

@@ -40,8 +40,9 @@ class HostClock:
         timer = self.call_later(seconds, lambda: over.done() or over.set_result(None))
         try:
             await over
-        finally:
+        except asyncio.CancelledError:
             timer.cancel()
+            raise
 
     def timeout(self, seconds: float | None) -> "HostTimeout":
         return HostTimeout(self, seconds)
@@ -51,32 +52,41 @@ class HostClock:
 
 
 class HostTimeout:
-    """asyncio.timeout, on a host's clock."""
+    """asyncio.timeout, on a host's clock. The whole run is full of them, so it has only the parts that the
+    rooms use."""
 
     def __init__(self, clock: HostClock, seconds: float | None) -> None:
         self._clock = clock
         self._seconds = seconds
-        self._timeout = asyncio.timeout(None)
         self._timer: asyncio.TimerHandle | None = None
-        self._over = False
+        self._task: asyncio.Task[Any] | None = None  # inside
+        self._num_cancels = 0  # of the task, before this timeout
+        self._expired = False
 
     async def __aenter__(self) -> "HostTimeout":
-        await self._timeout.__aenter__()
+        self._task = asyncio.current_task()
+        assert self._task is not None, "a timeout belongs to a task"
+        self._num_cancels = self._task.cancelling()
         if self._seconds is not None:
             self._timer = self._clock.call_later(self._seconds, self._expire)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        self._over = True
+    ) -> None:
+        task, self._task = self._task, None
         if self._timer is not None:
             self._timer.cancel()
-        return await self._timeout.__aexit__(kind, error, trace)
+        if self._expired and task is not None:
+            was_only_us = task.uncancel() <= self._num_cancels
+            if was_only_us and kind is asyncio.CancelledError:
+                raise TimeoutError from error
 
     def _expire(self) -> None:
-        if not self._over:
-            self._timeout.reschedule(self._clock.now())
+        """Also called late, by a frozen host that wakes after the block has ended."""
+        if self._task is not None:
+            self._expired = True
+            self._task.cancel()
 
 
 class SimulatedExecutor(InlineExecutor):

@@ -13,8 +13,10 @@ from router.router import Router
 
 def books_balance(worker: Worker) -> bool:
     """As many references to blocks as blocks in holds. Cheap enough to be asked before every event."""
-    referenced = sum(worker._allocator._references)
-    return referenced == sum(len(hold.block_ids) for hold in worker.ledger._holds)
+    num_held = 0
+    for hold in worker.ledger._holds:
+        num_held += len(hold.block_ids)
+    return num_held == sum(worker._allocator._references)
 
 
 def check_books(worker: Worker) -> None:

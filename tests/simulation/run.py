@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from pdserve.clock import VirtualDeadlock, run_virtual
+from pdserve.clock import run_virtual
 from pdserve.engine.fake_engine import FakeEngine
+from pdserve.virtual_loop import VirtualDeadlock
 from tests.simulation.clients import Client, Outcome
 from tests.simulation.coverage import Coverage
 from tests.simulation.events import EventLog
