@@ -18,6 +18,10 @@ HANDSHAKE_TIMEOUT_S = 10.0
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 """gRPC's default of 4 MiB refuses prompts of a million tokens."""
 
+CUT_OFF_BYTES = 2 * MAX_MESSAGE_BYTES
+"""Of a message that is larger than this gRPC itself ends the call, which to a server looks as if the client
+had left. Smaller ones arrive, so that those above `MAX_MESSAGE_BYTES` can be refused and counted."""
+
 
 def _ms(seconds: float) -> int:
     return round(seconds * 1000)
@@ -31,7 +35,7 @@ _BOTH_SIDES = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", CUT_OFF_BYTES),
 )
 
 SERVER_OPTIONS = (

@@ -57,8 +57,10 @@ class GrpcStream(BufferedStream[Packed]):
         await self._outbox.put(Packed(parts, isinstance(message, End)))
 
     async def _fill_inbox(self, read: Callable[[], Awaitable[Any]]) -> None:
-        """Until the other side has closed its direction."""
+        """Until the other side has closed its direction. Raises ProtocolViolation for what must not come."""
         while (raw := await read()) is not _EOF:
+            if len(raw) > MAX_MESSAGE_BYTES:
+                raise ProtocolViolation(f"a message of {len(raw)} bytes exceeds {MAX_MESSAGE_BYTES}")
             if (message := self._decoder.decode(raw)) is not None:
                 await self._inbox.reserve()
                 self.arrive(message)

@@ -140,6 +140,13 @@ async def raw_call(address: str, call: str, *parts: bytes) -> grpc.StatusCode:
 @pytest.mark.parametrize("call", list(Call))
 async def test_a_message_of_more_than_32_mib(system: AttackedSystem, call: Call) -> None:
     code = await raw_call(system.decode.address, call, bytes((32 << 20) + 1))
+    assert code is grpc.StatusCode.ABORTED
+    assert system.refused(system.decode, ErrorCode.PROTOCOL) == 1
+
+
+@pytest.mark.parametrize("call", list(Call))
+async def test_a_message_of_more_than_64_mib_is_not_even_read(system: AttackedSystem, call: Call) -> None:
+    code = await raw_call(system.decode.address, call, bytes((64 << 20) + 1))
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
