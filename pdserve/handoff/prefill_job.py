@@ -96,9 +96,11 @@ class PrefillJob:
         )
 
     def layers_are_done(self, num_layers: int) -> None:
-        """The step that runs computes the prompt to its end, and is through with layers [0, `num_layers`)."""
-        self._shipping.layers_are_ready(num_layers)
-        self.changed.set()
+        """The step that runs computes the prompt to its end, and is through with layers [0, `num_layers`).
+        Where it is known to sample the request's last token, nobody needs them."""
+        if not self._samples_the_last_token:
+            self._shipping.layers_are_ready(num_layers)
+            self.changed.set()
 
     def advance(
         self, stop: int, sampled: SampledToken | None, eos_token_ids: tuple[int, ...], now: float
@@ -163,10 +165,20 @@ class PrefillJob:
             self._shipping.give_up()
 
     def _is_last(self, token: int, eos_token_ids: tuple[int, ...]) -> bool:
-        request = self.request
-        assert request.sampling is not None, "a token was sampled that was not asked for"
-        num_output = self.num_prompt - request.num_prompt_tokens + 1
-        return finish_reason(request.sampling, token, num_output, eos_token_ids) is not None
+        sampling = self.request.sampling
+        assert sampling is not None, "a token was sampled that was not asked for"
+        return finish_reason(sampling, token, self._num_output_with_first_token, eos_token_ids) is not None
+
+    @property
+    def _num_output_with_first_token(self) -> int:
+        """What follows the request's own prompt here was output of an earlier attempt."""
+        return self.num_prompt - self.request.num_prompt_tokens + 1
+
+    @property
+    def _samples_the_last_token(self) -> bool:
+        """Whatever it is. A token that is not sampled here is not the last."""
+        sampling = self.request.sampling
+        return sampling is not None and self._num_output_with_first_token >= sampling.max_tokens
 
     def _sample_request(self) -> SampleRequest | None:
         request = self.request

@@ -16,9 +16,18 @@ from pdserve.handoff.shipping import Shipment
 BLOCK = 4
 ALL = LayerRange(0, 3)  # layers of the model
 LARGE = 300  # layers of blocks: no segment is cut
+ANY_SAMPLING = SamplingParams()
 
 
-def job_of(num_tokens: int, ledger: BlockLedger, num_held: int = 0, started: bool = True) -> PrefillJob:
+def job_of(
+    num_tokens: int,
+    ledger: BlockLedger,
+    num_held: int = 0,
+    started: bool = True,
+    num_known: int = 0,
+    sampling: SamplingParams | None = ANY_SAMPLING,
+) -> PrefillJob:
+    """The last `num_known` of its tokens are output of an earlier attempt."""
     request = PrefillOpen(
         request_id=RequestId("r"),
         attempt=1,
@@ -26,9 +35,9 @@ def job_of(num_tokens: int, ledger: BlockLedger, num_held: int = 0, started: boo
         source_incarnation=Incarnation(1),
         fingerprint="model",
         tokens=pack_tokens(range(num_tokens)),
-        num_prompt_tokens=num_tokens,
+        num_prompt_tokens=num_tokens - num_known,
         transports=(),
-        sampling=SamplingParams(),
+        sampling=sampling,
     )
     job = PrefillJob(request, ChainRoot("model"), BLOCK, len(ALL), queued_at=1.0)
     if started:
@@ -93,6 +102,23 @@ def test_a_last_token_leaves_unannounced_layers_where_they_are(ledger: BlockLedg
     assert job.next_shipment(8, LARGE) is None
     assert job.all_shipped
     assert job.num_segments == 1
+
+
+@pytest.mark.parametrize("num_known", [0, 3])
+def test_layers_stay_where_they_are_when_any_token_is_the_last(num_known: int, ledger: BlockLedger) -> None:
+    job = job_of(8, ledger, num_known=num_known, sampling=SamplingParams(max_tokens=num_known + 1))
+    job.layers_are_done(2)
+    assert job.next_shipment(8, LARGE) is None
+    job.advance(8, SampledToken(5), (), now=3.0)
+    assert job.next_shipment(8, LARGE) is None
+    assert job.all_shipped
+    assert job.num_segments == 0
+
+
+def test_layers_leave_when_nothing_is_sampled_here(ledger: BlockLedger) -> None:
+    job = job_of(8, ledger, sampling=None)
+    job.layers_are_done(1)
+    assert job.next_shipment(8, LARGE) == Shipment(0, 0, 2, LayerRange(0, 1))
 
 
 def test_what_the_decode_worker_holds_is_not_sent(ledger: BlockLedger) -> None:
