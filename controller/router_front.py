@@ -15,6 +15,7 @@ from controller.model_files import fetch_text_files
 from controller.plan import ProcessPlan
 from controller.ports import ADMIN_SETTING
 from controller.status import ProcessReport
+from controller.tracing import tracer_of
 from pdserve.clock import LoopClock, SystemRng
 from pdserve.config import SloConfig
 from pdserve.contract.errors import ConfigError, InvalidRequest
@@ -53,7 +54,9 @@ class RouterFront:
         rpc: Rpc = GrpcRpc(plan.deployment.credentials())
         if faults is not None:
             rpc = FaultyRpc(rpc, faults, clock)
-        self._router = Router(RouterId(plan.spec.id), rpc, clock, SystemRng(), self._router_settings())
+        self._tracer = tracer_of(plan, clock)
+        settings = self._router_settings()
+        self._router = Router(RouterId(plan.spec.id), rpc, clock, SystemRng(), settings, self._tracer)
         if faults is not None:
             faults.export(self._router.registry)
         self._http: HttpServer | None = None
@@ -106,11 +109,12 @@ class RouterFront:
         servers = [server for server in (self._http, self._grpc, self._admin) if server is not None]
         await asyncio.gather(*[server.stop(STOP_GRACE_S) for server in servers])
         await self._router.close()
+        await self._tracer.close()
 
     async def _serve(self, text_model: TextModel) -> None:
         settings = self._api_settings()
-        observer = self._router.metrics
-        app = create_app(self._router, text_model, settings, observer=observer)
+        observer, tracer = self._router.metrics, self._tracer
+        app = create_app(self._router, text_model, settings, observer=observer, tracer=tracer)
         host, previous = self._config.host, self._plan.previous
         self._http = await self._at_port(
             self._config.http_port,
@@ -121,7 +125,9 @@ class RouterFront:
             self._grpc = await self._at_port(
                 self._config.grpc_port,
                 previous.grpc_address if previous else "",
-                lambda port: serve_grpc(self._router, text_model, host, port, settings, observer=observer),
+                lambda port: serve_grpc(
+                    self._router, text_model, host, port, settings, observer=observer, tracer=tracer
+                ),
             )
         await self._serve_admin(app)
 
@@ -168,7 +174,8 @@ class RouterFront:
 
     def _api_settings(self) -> ApiSettings:
         limits = ApiLimits(**self._config.limits.model_dump())
-        return ApiSettings(self._plan.deployment.model.served_name, limits)
+        config = self._plan.deployment
+        return ApiSettings(config.model.served_name, limits, log_prompts=config.config.logs.prompts)
 
 
 def _objectives(slo: SloConfig) -> Objectives:

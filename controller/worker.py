@@ -16,6 +16,7 @@ from pdserve.contract.block_names import ChainRoot
 from pdserve.contract.ids import Incarnation, SubmitNumber, WorkerId
 from pdserve.contract.messages import Hello, Member, PairTransport, Role, WorkerLoad, WorkerState
 from pdserve.contract.ports import Call, Clock, Engine, EngineExecutor, Handler, Rng, Rpc, RpcServer
+from pdserve.contract.tracing import NO_TRACER, Tracer
 from pdserve.contract.work import BlockCounts, StepCost
 from pdserve.engine.block_allocator import BlockAllocator
 from pdserve.engine.watchdog import WatchedExecutor
@@ -69,6 +70,7 @@ class Worker:
         clock: Clock,
         rng: Rng,
         settings: WorkerSettings | None = None,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         settings = settings or WorkerSettings()
         self.worker_id = worker_id
@@ -81,6 +83,7 @@ class Worker:
         self._executor = WatchedExecutor(executor, engine.cost, clock)
         self._rpc = rpc
         self._clock = clock
+        self._tracer = tracer
         self._server: RpcServer | None = None
         self._running: asyncio.Task[None] | None = None
         self._over = asyncio.Event()  # the loop has ended, or will never go on
@@ -98,6 +101,7 @@ class Worker:
             self.metrics,
             self._work.set,
             settings.sending,
+            tracer,
         )
         self._sessions: SessionServer | None = None
         self.loop = self._make_loop(engine, clock, settings)
@@ -169,6 +173,7 @@ class Worker:
         await self._transports.close()
         await self._rpc.close()
         await self._executor.close()
+        await self._tracer.close()
 
     async def ended(self) -> None:
         """Wait until the engine loop is over or will never go on, and raise why. `drain` and `stop` end it in
@@ -272,6 +277,7 @@ class Worker:
             self.metrics,
             self._work,
             decode,
+            self._tracer,
         )
         self._sessions = SessionServer(self.incarnation, loop, clock, self.metrics)
         return loop

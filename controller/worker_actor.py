@@ -20,12 +20,14 @@ from controller.plan import ProcessPlan
 from controller.room import kv_memory
 from controller.start_errors import start_error
 from controller.status import ProcessReport
+from controller.tracing import tracer_of
 from pdserve.clock import LoopClock, SystemRng
 from pdserve.config import FaultConfig
 from pdserve.contract.errors import ConfigError, ErrorInfo
 from pdserve.contract.ids import WorkerId
 from pdserve.contract.messages import Member, Role
 from pdserve.contract.ports import Engine, Rpc
+from pdserve.contract.tracing import Tracer
 from pdserve.faults import FaultyEngine, FaultyRpc
 from pdserve.logs import set_up_logging
 from pdserve.rpc.addresses import require_private
@@ -106,11 +108,12 @@ class WorkerActor:
 
     async def _start(self) -> ProcessReport | ErrorInfo:
         try:
-            # What is wrong with the network is said before the model is loaded.
+            # What is wrong with the network or with packages is said before the model is loaded.
             credentials = self._plan.deployment.credentials()
             await self._require_protected(credentials)
+            tracer = tracer_of(self._plan, LoopClock())
             engine = await asyncio.to_thread(self._load_engine)
-            await self._serve(engine, credentials)
+            await self._serve(engine, credentials, tracer)
             arm_configured(self._faults, self._plan)
         except Exception as error:  # whatever it is, the controller has to hear of it
             log.exception("cannot start")
@@ -131,7 +134,7 @@ class WorkerActor:
             for host in (bind_host(self._plan.deployment), advertised_host(self._plan.deployment)):
                 await require_private(host)
 
-    async def _serve(self, engine: "ModelEngine", credentials: Credentials) -> None:
+    async def _serve(self, engine: "ModelEngine", credentials: Credentials, tracer: Tracer) -> None:
         from controller.worker import Worker
         from pdserve.engine.executor import ThreadExecutor
         from pdserve.rpc.grpc_rpc import GrpcRpc
@@ -151,6 +154,7 @@ class WorkerActor:
             clock,
             SystemRng(),
             self._worker_settings(),
+            tracer,
         )
         if self._faults is not None:
             self._faults.export(worker.registry)

@@ -129,6 +129,7 @@ class Arrivals:
             seed=submit.seed,
             cache_salt=submit.cache_salt,
             priority=submit.priority,
+            trace=request.trace.context,
         )
 
     def _failed(self, request: DecodeRequest, source: PrefillSource, error: ErrorInfo) -> None:

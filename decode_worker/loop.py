@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from decode_worker.arrivals import Arrivals
 from decode_worker.isolation import Isolation
 from decode_worker.request import DecodeRequest, Phase, TokenSink
+from decode_worker.request_trace import RequestTrace
 from decode_worker.room import LiveRequests, Room, RoomSettings
 from decode_worker.scheduler import PrefillQuota, plan_chunks
 from pdserve.contract.block_names import ChainRoot
@@ -25,6 +26,7 @@ from pdserve.contract.ids import SubmitNumber, WorkerId
 from pdserve.contract.messages import CancelReason, Failed, PairTransport, Refused, Submit, TokenEvent
 from pdserve.contract.ports import Clock, EngineExecutor, Rpc
 from pdserve.contract.tokens import pack_tokens
+from pdserve.contract.tracing import Tracer
 from pdserve.contract.work import (
     ModelInfo,
     SampledToken,
@@ -91,6 +93,7 @@ class DecodeLoop:
         metrics: WorkerMetrics,
         work: asyncio.Event,
         settings: DecodeSettings,
+        tracer: Tracer,
     ) -> None:
         """`calls` are the Prefill calls of other workers; `work` is set by whoever brings or changes work."""
         self.num_steps = 0
@@ -106,6 +109,7 @@ class DecodeLoop:
         self._calls = calls
         self._clock = clock
         self._metrics = metrics
+        self._tracer = tracer
         self._work = work
         self._step_budget_s = settings.step_budget_s
         self._chunk_tokens = chunk_tokens_within(settings.step_budget_s, cost, info.chunk_tokens)
@@ -356,7 +360,14 @@ class DecodeLoop:
         root = ChainRoot(self._info.fingerprint, submit.cache_salt)
         hold = self._ledger.open(f"decode {submit.request_id}/{submit.attempt}")
         request = DecodeRequest(
-            sink, submit, root, hold, self._info.block_size, self._info.deterministic, self._clock.now()
+            sink,
+            submit,
+            root,
+            hold,
+            self._info.block_size,
+            self._info.deterministic,
+            self._clock.now(),
+            RequestTrace(submit, self._tracer, self._clock),
         )
         self._room.pin(request)
         self._requests.add(request)
@@ -379,6 +390,7 @@ class DecodeLoop:
         self._requests.remove(request)
         self._metrics.count_end(outcome)
         request.move(Phase.ENDED)
+        request.trace.end(outcome, request.timings)
         request.hold.release()
         # A fetch whose request has finished says goodbye to its source by itself; any other is stopped.
         if request.fetch is not None and request.finish is None:

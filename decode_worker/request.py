@@ -5,6 +5,7 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import Protocol
 
+from decode_worker.request_trace import RequestTrace
 from pdserve.contract.block_names import ChainRoot, blocks_for
 from pdserve.contract.ids import SubmitNumber
 from pdserve.contract.messages import Alone, Failed, Refused, RequestTimings, Submit, TokenEvent
@@ -55,6 +56,14 @@ _LEGAL_MOVES = {
     (Phase.DECODING, Phase.ENDED),
 }
 
+_STAGES = {
+    Phase.WAITING: "queue",
+    Phase.RECEIVING: "transfer",
+    Phase.PREFILLING: "prefill",
+    Phase.DECODING: "decode",
+}
+"""What traces call the phases."""
+
 
 class DecodeRequest:
     """0 <= num_computed <= num_tokens; `tokens` is the prompt and all output tokens so far."""
@@ -68,8 +77,10 @@ class DecodeRequest:
         block_size: int,
         deterministic: bool,
         now: float,
+        trace: RequestTrace,
     ) -> None:
         self.sink = sink
+        self.trace = trace
         self.submit = submit
         self.root = root
         self.hold = hold
@@ -137,6 +148,7 @@ class DecodeRequest:
 
     def move(self, to: Phase) -> None:
         assert (self.phase, to) in _LEGAL_MOVES, f"a request cannot go from {self.phase} to {to}"
+        self.trace.stage_ends(_STAGES[self.phase])
         self.phase = to
 
     def start_prefill(self, now: float) -> None:

@@ -300,6 +300,19 @@ class LogsConfig(Section):
     """The least that is written. At INFO every request leaves a line when it ends."""
     format: Literal["text", "json"] = "text"
     """`text` for people, `json` for programs: one object per line."""
+    prompts: bool = False
+    """Write every prompt to the routers' logs, and what error messages quote of requests. Whoever reads the
+    logs then reads what users write: only where they know and the law allows it."""
+
+
+class TracingConfig(Section):
+    """Traces of requests for OpenTelemetry. They need the extra `otel`; see [tracing](tracing.md)."""
+
+    endpoint: Annotated[str, Field(pattern=r"^https?://[^/\s]+$")] | None = None
+    """Of a collector that takes OTLP over gRPC, for example `http://127.0.0.1:4317`; with `https` it is
+    encrypted. Empty: nothing is traced."""
+    sample_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Which share of the requests is traced. A client that sends `traceparent` decides for its own."""
 
 
 Milliseconds = Annotated[float, Field(gt=0)] | None
@@ -335,6 +348,7 @@ class DeployConfig(Section):
     network: NetworkConfig = Field(default_factory=NetworkConfig)
     ray: RayConfig = Field(default_factory=RayConfig)
     logs: LogsConfig = Field(default_factory=LogsConfig)
+    tracing: TracingConfig = Field(default_factory=TracingConfig)
     faults: tuple[FaultConfig, ...] = ()
     """Faults to rehearse."""
 

@@ -41,6 +41,8 @@ class ApiSettings:
     limits: ApiLimits = field(default_factory=ApiLimits)
     inline_body_bytes: int = 64 * 1024
     """Larger bodies are parsed and tokenised on a thread, so that they do not delay other streams."""
+    log_prompts: bool = False
+    """Prompts, and error messages that quote requests, are written to the log."""
     default_retry_after_s: float = 1.0
     """Sent with 429 and 503 answers whose cause names no time."""
 

@@ -8,7 +8,7 @@ everywhere.
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 
 from pdserve.contract.errors import ClientTooSlow, DeadlineExceeded, StreamBroken
@@ -41,6 +41,10 @@ class ChoicePiece:
     timings: RequestTimings | None = None
     report: RequestReport | None = None
     """With `finish`, where the job asks for timings and the request has not been forgotten."""
+
+
+Running = AbstractAsyncContextManager[AsyncGenerator[ChoicePiece, None]]
+"""What `running_job` returns."""
 
 
 @asynccontextmanager

@@ -6,8 +6,8 @@ that is cancelled, in whatever way, closes the request at once.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import NoReturn
 
 import grpc
@@ -19,9 +19,10 @@ from pdserve.clock import LoopClock, SystemRng
 from pdserve.contract.errors import ConfigError, ErrorCode, ErrorInfo, PdserveError, Unavailable
 from pdserve.contract.ids import RequestId
 from pdserve.contract.ports import Clock, Rng
+from pdserve.contract.tracing import NO_TRACER, Tracer
 from pdserve.rpc.channel import SERVER_OPTIONS
 from router.api_settings import FAREWELL_S, ApiSettings, NoObserver, RequestObserver
-from router.choices import ChoicePiece, running_job
+from router.choices import Running, running_job
 from router.grpc_convert import (
     body_from,
     choice_from,
@@ -36,9 +37,9 @@ from router.listen import bind, why_not
 from router.openai_answers import Usage
 from router.openai_errors import CLIENT_GONE_STATUS, error_status
 from router.openai_schema import ChatBody
-from router.request_reports import Origin
 from router.requests import Desk
 from router.text import TextModel
+from router.visits import REQUEST_ID, TRACEPARENT, TRACESTATE, Visit, Visits, trace_from
 
 API = "grpc"
 _SETTING = "gRPC port (--grpc-port)"
@@ -91,13 +92,15 @@ async def serve_grpc(
     observer: RequestObserver | None = None,
     rng: Rng | None = None,
     clock: Clock | None = None,
+    tracer: Tracer = NO_TRACER,
 ) -> GrpcApi:
     """Serve the gRPC API in front of `desk`. Raises ConfigError when the port cannot be had."""
     settings = settings or ApiSettings()
     intake = Intake(text_model, settings, rng or SystemRng())
     server = grpc.aio.server(options=SERVER_OPTIONS)
     clock = clock or LoopClock()
-    generation = _Generation(desk, text_model, intake, settings, observer or NoObserver(), clock)
+    visits = Visits(desk, text_model, observer or NoObserver(), tracer, clock, settings.log_prompts)
+    generation = _Generation(desk, text_model, intake, settings, visits, clock)
     pb_grpc.add_GenerationServicer_to_server(generation, server)  # type: ignore[no-untyped-call]  # generated
     add_health_and_reflection(server, desk, clock, SERVICE)
     real_port = _listen(server, host, port)
@@ -117,36 +120,39 @@ class _Generation(pb_grpc.GenerationServicer):
         text_model: TextModel,
         intake: Intake,
         settings: ApiSettings,
-        observer: RequestObserver,
+        visits: Visits,
         clock: Clock,
     ):
         self._desk = desk
         self._text_model = text_model
         self._intake = intake
         self._settings = settings
-        self._observer = observer
+        self._visits = visits
         self._clock = clock
 
     async def Generate(  # noqa: N802  # the service's name for it
         self, request: pb.GenerateRequest, context: _Context
     ) -> pb.GenerateResponse:
-        async with self._answering(context):
-            return await self._whole(self._job(request, context))
+        async with self._answering(context) as visit:
+            return await self._whole(self._job(request, context, visit), visit)
 
     async def GenerateStream(  # noqa: N802  # the service's name for it
         self, request: pb.GenerateRequest, context: _Context
     ) -> None:
-        async with self._answering(context):
-            await self._stream(self._job(request, context), context)
+        async with self._answering(context) as visit:
+            await self._stream(self._job(request, context, visit), visit, context)
 
     @asynccontextmanager
-    async def _answering(self, context: _Context) -> AsyncIterator[None]:
-        """Turn errors into statuses, and tell the observer how the call ended."""
+    async def _answering(self, context: _Context) -> AsyncIterator[Visit]:
+        """Turn errors into statuses, and tell how the call ended."""
         code = ErrorCode.CANCELLED.value
         status = CLIENT_GONE_STATUS  # unless something else is known to have happened
-        self._observer.on_request_start(API)
+        visit = self._enter(context)
         try:
-            yield
+            # By itself, since it needs no reader: else it goes with the first message, and until a client has
+            # read that no status can be sent.
+            await context.send_initial_metadata(visit.answer_headers)
+            yield visit
             code, status = "ok", 200
         except PdserveError as error:
             code, status = error.info.code, error_status(error.info.code)
@@ -156,7 +162,7 @@ class _Generation(pb_grpc.GenerationServicer):
             code, status = ErrorCode.INTERNAL, error_status(ErrorCode.INTERNAL)
             await self._abort(context, ErrorInfo(ErrorCode.INTERNAL, "internal error, see the router's log"))
         finally:
-            self._observer.on_request_end(API, code, status)
+            visit.end(code, status)
 
     async def _abort(self, context: _Context, info: ErrorInfo) -> NoReturn:
         """End the call with the error's status; `info.code` says more than the status can."""
@@ -173,7 +179,16 @@ class _Generation(pb_grpc.GenerationServicer):
             # behind it: the client gets it when it reads on, and nobody here waits for that.
             raise asyncio.CancelledError from None
 
-    def _job(self, request: pb.GenerateRequest, context: _Context) -> Job:
+    def _enter(self, context: _Context) -> Visit:
+        sent = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        trace = trace_from(sent.get(TRACEPARENT), sent.get(TRACESTATE, ""))
+        return self._visits.enter(API, sent.get(REQUEST_ID, ""), trace)
+
+    def _job(self, request: pb.GenerateRequest, context: _Context, visit: Visit) -> Job:
+        with visit.at_the_door():
+            return self._read_job(request, context)
+
+    def _read_job(self, request: pb.GenerateRequest, context: _Context) -> Job:
         info = self._desk.model_info()
         if info is None:
             raise Unavailable(f"no model is served yet: {self._desk.readiness().reason}")
@@ -183,11 +198,11 @@ class _Generation(pb_grpc.GenerationServicer):
             return self._intake.chat(body, info, deadline_s)
         return self._intake.completion(body, info, deadline_s)
 
-    async def _whole(self, job: Job) -> pb.GenerateResponse:
-        request_ids = [self._desk.new_request_id() for _ in job.choices]
+    async def _whole(self, job: Job, visit: Visit) -> pb.GenerateResponse:
+        request_ids = visit.admit(job)
         usage = Usage(job)
         parts: list[list[pb.Choice]] = [[] for _ in job.choices]
-        async with self._running(job, request_ids) as pieces:
+        async with self._running(job, request_ids, visit) as pieces:
             async for piece in pieces:
                 usage.add(piece)
                 so_far = parts[piece.index]
@@ -200,14 +215,11 @@ class _Generation(pb_grpc.GenerationServicer):
             prompt_token_ids=prompt_ids_from(job),
         )
 
-    async def _stream(self, job: Job, context: _Context) -> None:
-        request_ids = [self._desk.new_request_id() for _ in job.choices]
+    async def _stream(self, job: Job, visit: Visit, context: _Context) -> None:
+        request_ids = visit.admit(job)
         usage = Usage(job)
         begun: set[int] = set()
-        # By itself, since it needs no reader: else it goes with the first chunk, and until a client has read
-        # that no status can be sent.
-        await context.send_initial_metadata(())
-        async with self._running(job, request_ids) as pieces:
+        async with self._running(job, request_ids, visit) as pieces:
             async for piece in pieces:
                 usage.add(piece)
                 chunk = pb.GenerateChunk(id=request_ids[0], model=job.model)
@@ -221,11 +233,9 @@ class _Generation(pb_grpc.GenerationServicer):
                     await context.write(chunk)
             await context.write(pb.GenerateChunk(id=request_ids[0], model=job.model, usage=usage_from(usage)))
 
-    def _running(
-        self, job: Job, request_ids: list[RequestId]
-    ) -> AbstractAsyncContextManager[AsyncGenerator[ChoicePiece, None]]:
+    def _running(self, job: Job, request_ids: list[RequestId], visit: Visit) -> Running:
         limits = self._settings.limits
-        origin = Origin(API, job.model, request_ids[0])
+        origin = visit.origin(request_ids[0])
         return running_job(
             self._desk, job, request_ids, origin, self._text_model, limits.max_unread_tokens, self._clock
         )

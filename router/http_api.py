@@ -3,9 +3,9 @@
     POST /v1/completions, /v1/chat/completions      GET /v1/models, /v1/models/{id}
     GET  /health (the process lives), /ready (requests can be served), /version
 
-Headers: `X-Request-Id` is echoed (our own id when the client sent none); `X-Request-Timeout-Ms` is the
-request's deadline. When the client goes away, at any time, the request is cancelled everywhere at once; one
-that stays and does not read is cut (`ApiLimits.max_unread_tokens`).
+Headers: `X-Request-Id` is echoed (our own id when the client sent none), `traceparent` is taken over, and
+`X-Request-Timeout-Ms` is the request's deadline. When the client goes away, at any time, the request is
+cancelled everywhere at once; one that stays and does not read is cut (`ApiLimits.max_unread_tokens`).
 """
 
 import time
@@ -20,12 +20,14 @@ import pdserve
 from pdserve.clock import LoopClock, SystemRng
 from pdserve.contract.errors import NotFound, PdserveError
 from pdserve.contract.ports import Clock, Rng
+from pdserve.contract.tracing import NO_TRACER, Tracer
 from router.api_settings import ApiSettings, NoObserver, RequestObserver
 from router.http_generate import CHAT, COMPLETIONS, GenerateEndpoint
 from router.intake import Intake
 from router.openai_errors import error_answer, error_body
 from router.requests import Desk
 from router.text import TextModel
+from router.visits import Visits
 
 
 def create_app(
@@ -36,16 +38,17 @@ def create_app(
     observer: RequestObserver | None = None,
     rng: Rng | None = None,
     clock: Clock | None = None,
+    tracer: Tracer = NO_TRACER,
 ) -> Starlette:
     """The HTTP API in front of `desk`. `rng` draws the seeds of requests that bring none."""
     settings = settings or ApiSettings()
-    observer = observer or NoObserver()
     clock = clock or LoopClock()
     intake = Intake(text_model, settings, rng or SystemRng())
+    visits = Visits(desk, text_model, observer or NoObserver(), tracer, clock, settings.log_prompts)
     pages = _Pages(desk, intake, settings)
 
     def generate(api: str) -> GenerateEndpoint:
-        return GenerateEndpoint(api, desk, text_model, intake, settings, observer, clock)
+        return GenerateEndpoint(api, desk, text_model, intake, settings, visits, clock)
 
     routes = [
         Route("/v1/completions", generate(COMPLETIONS), methods=["POST"]),

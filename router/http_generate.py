@@ -3,8 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Coroutine
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -21,8 +20,8 @@ from pdserve.contract.errors import (
 from pdserve.contract.ids import RequestId
 from pdserve.contract.ports import Clock
 from pdserve.contract.work import ModelInfo
-from router.api_settings import FAREWELL_S, ApiSettings, RequestObserver
-from router.choices import ChoicePiece, running_job
+from router.api_settings import FAREWELL_S, ApiSettings
+from router.choices import Running, running_job
 from router.http_reply import HttpReply
 from router.intake import Intake, Job
 from router.openai_answers import AnswerHead, Usage, chat_answer, completion_answer
@@ -32,6 +31,7 @@ from router.request_reports import Origin
 from router.requests import Desk
 from router.sse import ChatEvents, CompletionEvents
 from router.text import TextModel
+from router.visits import REQUEST_ID, TIMEOUT, TRACEPARENT, TRACESTATE, Visit, Visits, trace_from
 
 COMPLETIONS = "completions"
 CHAT = "chat"
@@ -60,7 +60,7 @@ class GenerateEndpoint:
         text_model: TextModel,
         intake: Intake,
         settings: ApiSettings,
-        observer: RequestObserver,
+        visits: Visits,
         clock: Clock,
     ):
         self._api = api
@@ -68,19 +68,19 @@ class GenerateEndpoint:
         self._text_model = text_model
         self._intake = intake
         self._settings = settings
-        self._observer = observer
+        self._visits = visits
         self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        reply = HttpReply(scope, send, request.headers.get("x-request-id"))
+        visit = self._enter(request)
+        reply = HttpReply(scope, send, visit.answer_headers)
         code, status = (
             ErrorCode.CANCELLED.value,
             CLIENT_GONE_STATUS,
         )  # stays so when the server is stopped meanwhile
-        self._observer.on_request_start(self._api)
         try:
-            await self._answer(request, reply)
+            await self._answer(request, visit, reply)
             code, status = "ok", 200
         except PdserveError as error:
             code, status = await self._refuse(error, reply)
@@ -88,12 +88,18 @@ class GenerateEndpoint:
             log.exception("a %s request failed for a reason that nobody foresaw", self._api)
             code, status = await self._refuse(PdserveError("internal error, see the router's log"), reply)
         finally:
-            self._observer.on_request_end(self._api, code, status)
+            visit.end(code, status)
 
-    async def _answer(self, request: Request, reply: HttpReply) -> None:
-        raw = await _read_body(request, self._settings.limits.max_body_bytes)
-        job = await self._read_job(raw, _read_deadline_s(request))
-        await _until_disconnected(request.receive, reply, self._run(job, reply))
+    def _enter(self, request: Request) -> Visit:
+        headers = request.headers
+        trace = trace_from(headers.get(TRACEPARENT), ",".join(headers.getlist(TRACESTATE)))
+        return self._visits.enter(self._api, headers.get(REQUEST_ID, ""), trace)
+
+    async def _answer(self, request: Request, visit: Visit, reply: HttpReply) -> None:
+        with visit.at_the_door():
+            raw = await _read_body(request, self._settings.limits.max_body_bytes)
+            job = await self._read_job(raw, _read_deadline_s(request))
+        await _until_disconnected(request.receive, reply, self._run(job, visit, reply))
 
     async def _refuse(self, error: PdserveError, reply: HttpReply) -> tuple[str, int]:
         if isinstance(error, ClientGone):
@@ -120,23 +126,21 @@ class GenerateEndpoint:
             return self._intake.chat(parse_json(ChatBody, raw), info, deadline_s)
         return self._intake.completion(parse_json(CompletionBody, raw), info, deadline_s)
 
-    async def _run(self, job: Job, reply: HttpReply) -> None:
-        request_ids = [self._desk.new_request_id() for _ in job.choices]
+    async def _run(self, job: Job, visit: Visit, reply: HttpReply) -> None:
+        request_ids = visit.admit(job)
         head = AnswerHead(_ID_PREFIXES[self._api] + request_ids[0], int(time.time()), job.model)
-        reply.default_request_id = request_ids[0]
+        running = self._running(job, request_ids, visit.origin(head.answer_id))
         if job.stream:
-            await self._run_stream(job, head, request_ids, reply)
+            await self._run_stream(job, head, running, reply)
         else:
-            await self._run_whole(job, head, request_ids, reply)
+            await self._run_whole(job, head, running, reply)
 
-    async def _run_stream(
-        self, job: Job, head: AnswerHead, request_ids: list[RequestId], reply: HttpReply
-    ) -> None:
+    async def _run_stream(self, job: Job, head: AnswerHead, running: Running, reply: HttpReply) -> None:
         """The answer starts with the first piece, so that an error before it still has its own status."""
         events = (ChatEvents if self._api == CHAT else CompletionEvents)(job, head, self._text_model)
         usage = Usage(job)
         begun: set[int] = set()
-        async with self._running(job, request_ids, head, reply) as pieces:
+        async with running as pieces:
             async for piece in pieces:
                 usage.add(piece)
                 text = events.piece(piece)
@@ -147,19 +151,14 @@ class GenerateEndpoint:
                     await reply.write_event(text)
             await reply.end_events(events.usage(usage) if job.include_usage else "")
 
-    async def _run_whole(
-        self, job: Job, head: AnswerHead, request_ids: list[RequestId], reply: HttpReply
-    ) -> None:
+    async def _run_whole(self, job: Job, head: AnswerHead, running: Running, reply: HttpReply) -> None:
         answer = chat_answer if self._api == CHAT else completion_answer
-        async with self._running(job, request_ids, head, reply) as pieces:
+        async with running as pieces:
             body = await answer(pieces, job, head, self._text_model)
             await reply.json(200, body)
 
-    def _running(
-        self, job: Job, request_ids: list[RequestId], head: AnswerHead, reply: HttpReply
-    ) -> AbstractAsyncContextManager[AsyncGenerator[ChoicePiece, None]]:
+    def _running(self, job: Job, request_ids: list[RequestId], origin: Origin) -> Running:
         limits = self._settings.limits
-        origin = Origin(self._api, job.model, head.answer_id, client_request_id=reply.client_request_id)
         return running_job(
             self._desk, job, request_ids, origin, self._text_model, limits.max_unread_tokens, self._clock
         )
@@ -204,10 +203,10 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
 
 def _read_deadline_s(request: Request) -> float | None:
     """Remaining seconds, from `X-Request-Timeout-Ms`."""
-    value = request.headers.get("x-request-timeout-ms")
+    value = request.headers.get(TIMEOUT)
     if value is None:
         return None
     if not (value.isascii() and value.isdigit() and len(value) <= _MAX_DEADLINE_DIGITS and int(value)):
-        message = f"header X-Request-Timeout-Ms must be a number of milliseconds above 0, got '{value[:60]}'"
-        raise InvalidRequest(message, param="X-Request-Timeout-Ms")
+        message = f"header {TIMEOUT} must be a number of milliseconds above 0, got '{value[:60]}'"
+        raise InvalidRequest(message, param=TIMEOUT)
     return int(value) / 1000

@@ -1,7 +1,7 @@
 """The HTTP response to one request, written straight to ASGI: a token must cost little here."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.types import Scope, Send
@@ -13,7 +13,6 @@ _EVENT_STREAM = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # proxies must pass events on at once
 ]
-_MAX_ECHOED_ID = 256
 
 ABORT = "pdserve.abort"
 """The ASGI extension of `router.http_server`: ``{"abort": function}``."""
@@ -22,15 +21,12 @@ ABORT = "pdserve.abort"
 class HttpReply:
     """Either one JSON body or a stream of events."""
 
-    def __init__(self, scope: Scope, send: Send, request_id: str | None):
-        """`request_id` is what the client called its request."""
+    def __init__(self, scope: Scope, send: Send, headers: Sequence[tuple[str, str]]):
+        """`headers` are sent with whatever is answered."""
         self._scope = scope
         self._send = send
-        self.client_request_id = (request_id or "")[:_MAX_ECHOED_ID]
-        """What the client called its request, as it is sent back."""
+        self._headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
         self._streaming = False
-        self.default_request_id = ""
-        """Used when the client sent none."""
         self.complete = False
         """The last byte has been handed over to the server."""
 
@@ -70,10 +66,8 @@ class HttpReply:
         self._scope["extensions"][ABORT]["abort"]()
 
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        request_id = self.client_request_id or self.default_request_id
-        if request_id:
-            headers = [*headers, (b"x-request-id", request_id.encode("latin-1"))]
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        sent = [*headers, *self._headers]
+        await self._send({"type": "http.response.start", "status": status, "headers": sent})
 
     async def _write(self, content: bytes, *, more: bool) -> None:
         await self._send({"type": "http.response.body", "body": content, "more_body": more})

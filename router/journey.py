@@ -35,6 +35,7 @@ from pdserve.contract.messages import (
 )
 from pdserve.contract.ports import Clock, Rng
 from pdserve.contract.tokens import num_tokens, slice_tokens
+from pdserve.contract.tracing import Attributes, Span, SpanKind, Tracer
 from pdserve.metrics import RouterMetrics
 from router.admission import Admission
 from router.bookings import Booked
@@ -46,8 +47,9 @@ from router.placement.policies import DEFAULT_POLICY, make_policy
 from router.placement.policy import Placement, PlacementRequest
 from router.progress import Attempt, Progress
 from router.recent_times import RecentLatencies
-from router.report_json import log_fields
-from router.request_reports import RequestReports
+from router.report_json import span_attributes
+from router.request_log import log_end
+from router.request_reports import Origin, RequestReports, refused_report
 from router.requests import Closing, GenerateRequest, OutputDelta
 
 log = logging.getLogger(__name__)
@@ -89,6 +91,7 @@ class Journey:
         reports: RequestReports,
         recent: RecentLatencies,
         settings: JourneySettings,
+        tracer: Tracer,
     ) -> None:
         self._fleet = fleet
         self._links = links
@@ -100,6 +103,7 @@ class Journey:
         self._recent = recent
         self._settings = settings
         self._policy = make_policy(settings.policy, rng)
+        self._tracer = tracer
         self._live: set[Progress] = set()
         asked = settings.objectives
         metrics.slo.set_objectives({each.value: s for each, s in asked.limits_s.items()}, asked.target)
@@ -109,7 +113,13 @@ class Journey:
     ) -> AsyncGenerator[OutputDelta, None]:
         """Serve one request. Closing the generator cancels it everywhere; `closing` says why. Raises
         PdserveError subclasses."""
-        progress = self._admit(request_id, request, closing or Closing())
+        try:
+            self._admission.enter(num_tokens(request.prompt_tokens))
+        except Overloaded as error:
+            self._count_verdict(self._settings.objectives.failed)
+            self.refuse(request_id, request.origin, error.info, 0.0, num_tokens(request.prompt_tokens))
+            raise
+        progress = self._begin(request_id, request, closing or Closing())
         outcome: str | None = None
         try:
             async with aclosing(self._attempts(progress)) as deltas:
@@ -123,12 +133,16 @@ class Journey:
         finally:
             self._leave(progress, outcome or progress.closing.reason.value)
 
-    def _admit(self, request_id: RequestId, request: GenerateRequest, closing: Closing) -> Progress:
-        try:
-            self._admission.enter(num_tokens(request.prompt_tokens))
-        except Overloaded:
-            self._count_verdict(self._settings.objectives.failed)
-            raise
+    def refuse(
+        self, request_id: RequestId, origin: Origin, error: ErrorInfo, waited_s: float, num: int | None
+    ) -> None:
+        """Tell of a request that is not admitted: `num` prompt tokens, `waited_s` seconds after it came."""
+        now = self._clock.unix_time()
+        report = refused_report(request_id, origin, error, now, waited_s, num)
+        self._reports.refuse(report)
+        log_end(report)
+
+    def _begin(self, request_id: RequestId, request: GenerateRequest, closing: Closing) -> Progress:
         self._metrics.running_requests.inc()
         self._metrics.prompt_tokens.inc(num_tokens(request.prompt_tokens))
         now = self._clock.now()
@@ -140,6 +154,7 @@ class Journey:
             admitted_at=now,
             deadline_at=None if request.deadline_s is None else now + request.deadline_s,
             closing=closing,
+            span=self._tracer.begin("request", SpanKind.INTERNAL, request.origin.trace),
         )
         self._live.add(progress)
         self._reports.begin(progress)
@@ -156,8 +171,9 @@ class Journey:
         self._count_verdict(self._settings.objectives.judge(progress.pace(progress.ended_at), outcome))
         report = progress.report()
         self._reports.end(report)
-        if log.isEnabledFor(logging.INFO):
-            log.info("request ended", extra={"fields": log_fields(report)})
+        log_end(report)
+        if progress.span.context is not None:
+            progress.span.end(outcome, span_attributes(report))
 
     def _count_verdict(self, verdict: Verdict | None) -> None:
         if verdict is not None:
@@ -182,8 +198,12 @@ class Journey:
     async def _attempts(self, progress: Progress) -> AsyncGenerator[OutputDelta, None]:
         """Place and try until the output is finished."""
         while True:
+            waiting_since = self._clock.now()
             placement = await self._place(progress)
-            attempt = progress.next_attempt(placement, self._clock.now())
+            progress.span.add_stage("router queue", waiting_since, self._clock.now())
+            attempt = progress.next_attempt(
+                placement, self._clock.now(), self._begin_span(progress, placement)
+            )
             try:
                 async with aclosing(self._attempt(progress, attempt)) as deltas:
                     async for delta in deltas:
@@ -196,6 +216,14 @@ class Journey:
                 await self._recover(progress, error.info)
             finally:
                 attempt.ended(progress.closing.reason.value, self._clock.now())
+
+    def _begin_span(self, progress: Progress, placement: Placement) -> Span:
+        attributes: Attributes = {
+            "pdserve.attempt": progress.num_attempts + 1,
+            "pdserve.decode_worker": placement.decode,
+            "pdserve.prefill_worker": placement.prefill or "",
+        }
+        return self._tracer.begin("attempt", SpanKind.CLIENT, progress.span.context, attributes)
 
     async def _recover(self, progress: Progress, error: ErrorInfo) -> None:
         """Return if the request may be placed again; raise what the client is to see otherwise."""
@@ -268,7 +296,7 @@ class Journey:
         self._metrics.attempts.inc()
         log.debug("%s attempt %d: %s", progress.request_id, attempt.number, placement.reason)
         submission = self._links[placement.decode].submit(
-            lambda number: self._submit(number, progress, placement)
+            lambda number: self._submit(number, progress, attempt)
         )
         booking = self._book(progress, placement, submission.number)
         decode, prefill = self._identity(placement.decode), self._identity(placement.prefill)
@@ -295,21 +323,22 @@ class Journey:
             submission.cancel(failed or progress.closing.reason)
             booking.clear()
 
-    def _submit(self, number: SubmitNumber, progress: Progress, placement: Placement) -> Submit:
+    def _submit(self, number: SubmitNumber, progress: Progress, attempt: Attempt) -> Submit:
         request = progress.request
         return Submit(
             number=number,
             request_id=progress.request_id,
-            attempt=progress.num_attempts,
+            attempt=attempt.number,
             prompt_tokens=request.prompt_tokens,
             known_output_tokens=bytes(progress.output),
             sampling=request.sampling,
             seed=progress.seed,
-            prefill=self._source(placement.prefill),
+            prefill=self._source(attempt.placement.prefill),
             cache_salt=request.cache_salt,
             priority=request.priority,
             deadline_ms=self._remaining_ms(progress),
             alone=progress.is_suspect,
+            trace=attempt.span.context,
         )
 
     def _identity(self, worker_id: WorkerId | None) -> Identity | None:

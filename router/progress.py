@@ -7,6 +7,7 @@ from pdserve.contract.errors import ErrorInfo
 from pdserve.contract.ids import BlockHash, RequestId
 from pdserve.contract.messages import RequestTimings
 from pdserve.contract.tokens import num_tokens
+from pdserve.contract.tracing import NO_SPAN, Span
 from router.fleet import Identity
 from router.links import SubmissionTokens
 from router.objectives import Pace
@@ -28,6 +29,7 @@ class Attempt:
     """A finish reason, an error code, or why it was cancelled."""
     message: str | None = None
     timings: RequestTimings | None = None
+    span: Span = NO_SPAN
 
     def note(self, tokens: SubmissionTokens) -> None:
         """What has come that the client does not have yet."""
@@ -42,6 +44,7 @@ class Attempt:
         """The first end counts."""
         if self.end is None:
             self.end, self.ended_at, self.message = end, now, message
+            self.span.end(end)
 
     def report(self, admitted_at: float) -> AttemptReport:
         return AttemptReport(
@@ -69,6 +72,7 @@ class Progress:
     admitted_at: float
     deadline_at: float | None
     closing: Closing
+    span: Span = NO_SPAN
     names: list[BlockHash] = field(default_factory=list)  # of the prompt's full blocks
     output: bytearray = field(default_factory=bytearray)  # tokens that the client has
     num_attempts: int = 0
@@ -110,10 +114,10 @@ class Progress:
         """Prompt and output when the request runs to max_tokens."""
         return self.num_prompt + self.request.sampling.max_tokens
 
-    def next_attempt(self, placement: Placement, now: float) -> Attempt:
+    def next_attempt(self, placement: Placement, now: float, span: Span = NO_SPAN) -> Attempt:
         """It is submitted once more."""
         self.num_attempts += 1
-        attempt = Attempt(self.num_attempts, placement, now)
+        attempt = Attempt(self.num_attempts, placement, now, span=span)
         self.attempts.append(attempt)
         return attempt
 

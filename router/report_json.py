@@ -1,9 +1,11 @@
-"""A request's report as JSON for operators, as its client's `timings`, and as the fields of a log line."""
+"""A request's report: as JSON for operators, as its client's `timings`, as the fields of a log line and as
+the attributes of a span."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from pdserve.contract.messages import RequestTimings
+from pdserve.contract.tracing import Attributes
 from router.request_reports import AttemptReport, RequestReport, Stage
 
 
@@ -15,6 +17,7 @@ def report_json(report: RequestReport) -> dict[str, Any]:
         "answer_id": origin.answer_id,
         "choice": origin.choice,
         "client_request_id": origin.client_request_id,
+        "trace_id": None if origin.trace is None else origin.trace.trace_id,
         "api": origin.api,
         "model": origin.model,
         "state": report.state.value,
@@ -51,6 +54,7 @@ def log_fields(report: RequestReport) -> dict[str, Any]:
     fields = {
         "request_id": report.request_id,
         "client_request_id": origin.client_request_id or None,
+        "trace_id": None if origin.trace is None else origin.trace.trace_id,
         "answer_id": origin.answer_id or None,
         "api": origin.api or None,
         "model": origin.model or None,
@@ -66,6 +70,21 @@ def log_fields(report: RequestReport) -> dict[str, Any]:
         "ended_s": _rounded(report.ended_s),
     }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def span_attributes(report: RequestReport) -> Attributes:
+    """What the span of a request is told at its end."""
+    timings = report.timings
+    return {
+        "pdserve.request_id": report.request_id,
+        "pdserve.client_request_id": report.origin.client_request_id,
+        "pdserve.choice": report.origin.choice,
+        "pdserve.attempts": report.num_attempts,
+        "pdserve.cached_tokens": 0 if timings is None else max(_cached(timings).values()),
+        "gen_ai.request.model": report.origin.model,
+        "gen_ai.usage.input_tokens": report.num_prompt_tokens or 0,
+        "gen_ai.usage.output_tokens": report.num_output_tokens,
+    }
 
 
 def _milestones(report: RequestReport) -> dict[str, float | None]:

@@ -8,15 +8,21 @@ was submitted; the ways of messages are not in it, so what is derived from it ma
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from heapq import merge
 from itertools import islice
 from typing import Protocol
 
+from pdserve.contract.errors import ErrorInfo
 from pdserve.contract.ids import RequestId, WorkerId
 from pdserve.contract.messages import RequestTimings
+from pdserve.contract.tracing import TraceContext
 
 MAX_ENDED_REPORTS = 1024
 """How many ended requests are remembered: minutes of a busy router, in 1.3 MB (1.2 KB for a request that was
 served at its first attempt). By `MAX_ATTEMPTS` and `MAX_TEXT` the worst is 26 MB."""
+
+MAX_REFUSED_REPORTS = 256
+"""How many refused requests are remembered: so many of them may come that nothing else would be left."""
 
 MAX_ATTEMPTS = 16
 """How many attempts of one request are remembered, the last ones. All are counted."""
@@ -71,6 +77,8 @@ class Origin:
     """Its index in that answer. Every choice is a request of its own."""
     client_request_id: str = ""
     """The client's X-Request-Id."""
+    trace: TraceContext | None = None
+    """The span of the API's call; None where nothing is traced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +126,9 @@ class RequestReport:
     request_id: RequestId
     origin: Origin
     arrived_at: float
-    """Unix time of the admission, in seconds."""
-    num_prompt_tokens: int
+    """Unix time of the admission, or of the arrival of one that was refused, in seconds."""
+    num_prompt_tokens: int | None
+    """None when it was refused before they were counted."""
     num_output_tokens: int
     """That have come to the router."""
     attempts: tuple[AttemptReport, ...]
@@ -186,6 +195,7 @@ class RequestReports:
         self._max_ended = max_ended
         self._running: dict[RequestId, Reported] = {}  # oldest first
         self._ended: dict[RequestId, RequestReport] = {}  # the one that ended first comes first
+        self._refused: dict[RequestId, RequestReport] = {}  # likewise
 
     def begin(self, request: Reported) -> None:
         """From now on it is one of those that run."""
@@ -194,23 +204,54 @@ class RequestReports:
     def end(self, report: RequestReport) -> None:
         """It runs no more; `report` is its last."""
         del self._running[report.request_id]
-        self._ended[report.request_id] = report
-        if len(self._ended) > self._max_ended:
-            del self._ended[next(iter(self._ended))]
+        _remember(self._ended, report, self._max_ended)
+
+    def refuse(self, report: RequestReport) -> None:
+        """It was never one of those that run."""
+        _remember(self._refused, report, MAX_REFUSED_REPORTS)
 
     def find(self, request_id: str) -> RequestReport | None:
         """The report of one request; None when it was never here or has been forgotten."""
         key = RequestId(request_id)
         running = self._running.get(key)
-        return self._ended.get(key) if running is None else running.report()
+        return running.report() if running is not None else self._ended.get(key) or self._refused.get(key)
 
     def running(self) -> list[RequestReport]:
         """Of all requests that run, the newest first."""
         return _reports(reversed(self._running.values()))
 
     def recent(self, limit: int) -> list[RequestReport]:
-        """Of the last `limit` requests that have ended, the last first."""
-        return list(islice(reversed(self._ended.values()), limit))
+        """Of the last `limit` requests that have ended or were refused, the last first."""
+        both = (reversed(self._ended.values()), reversed(self._refused.values()))
+        return list(islice(merge(*both, key=_ended_at, reverse=True), limit))
+
+
+def refused_report(
+    request_id: RequestId,
+    origin: Origin,
+    error: ErrorInfo,
+    now: float,
+    waited_s: float,
+    num_prompt_tokens: int | None,
+) -> RequestReport:
+    """Of a request that was refused before it was admitted, `waited_s` seconds after it came; `now` is Unix
+    time."""
+    return RequestReport(
+        request_id=request_id,
+        origin=origin,
+        arrived_at=now - waited_s,
+        num_prompt_tokens=num_prompt_tokens,
+        num_output_tokens=0,
+        attempts=(),
+        num_attempts=0,
+        recoveries={},
+        first_token_s=None,
+        second_token_s=None,
+        last_token_s=None,
+        ended_s=waited_s,
+        outcome=error.code.value,
+        message=shortened(error.message),
+    )
 
 
 def shortened(text: str) -> str:
@@ -220,3 +261,14 @@ def shortened(text: str) -> str:
 
 def _reports(requests: Iterable[Reported]) -> list[RequestReport]:
     return [request.report() for request in requests]
+
+
+def _remember(reports: dict[RequestId, RequestReport], report: RequestReport, limit: int) -> None:
+    reports[report.request_id] = report
+    if len(reports) > limit:
+        del reports[next(iter(reports))]
+
+
+def _ended_at(report: RequestReport) -> float:
+    """Unix time."""
+    return report.arrived_at + (report.ended_s or 0.0)

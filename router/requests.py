@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from pdserve.contract.errors import ErrorInfo
 from pdserve.contract.ids import RequestId
 from pdserve.contract.messages import CancelReason, RequestTimings
 from pdserve.contract.sampling import FinishReason, SamplingParams
@@ -72,6 +73,10 @@ class Desk(Protocol):
         self, request_id: RequestId, request: GenerateRequest, closing: Closing | None = None
     ) -> AsyncGenerator[OutputDelta, None]:
         """Serve one request. Closing the generator cancels it everywhere. Raises PdserveError subclasses."""
+        ...
+
+    def refuse(self, request_id: RequestId, origin: Origin, error: ErrorInfo, waited_s: float) -> None:
+        """Report and log a request that gets no further than the API, `waited_s` seconds after it came."""
         ...
 
     def report(self, request_id: RequestId) -> RequestReport | None:

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
 
+from pdserve.contract.errors import ErrorInfo
 from pdserve.contract.ids import Incarnation, RequestId, RouterId
 from pdserve.contract.messages import Members, Role
 from pdserve.contract.ports import Clock, Rng, Rpc
+from pdserve.contract.tracing import NO_TRACER, Tracer
 from pdserve.contract.work import ModelInfo
 from pdserve.metrics import RouterMetrics
 from router.admission import Admission, AdmissionLimits
@@ -15,7 +17,7 @@ from router.fleet import Fleet
 from router.journey import Journey, JourneySettings
 from router.links import Links, LinkSettings, RouterIdentity
 from router.recent_times import RecentLatencies
-from router.request_reports import RequestReport, RequestReports
+from router.request_reports import Origin, RequestReport, RequestReports
 from router.requests import Closing, GenerateRequest, OutputDelta, Readiness
 
 
@@ -30,7 +32,13 @@ class Router:
     """Serves requests on the workers that `set_members` names."""
 
     def __init__(
-        self, router_id: RouterId, rpc: Rpc, clock: Clock, rng: Rng, settings: RouterSettings | None = None
+        self,
+        router_id: RouterId,
+        rpc: Rpc,
+        clock: Clock,
+        rng: Rng,
+        settings: RouterSettings | None = None,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         settings = settings or RouterSettings()
         self.identity = RouterIdentity(router_id, Incarnation(rng.random_bits(63)))
@@ -52,6 +60,7 @@ class Router:
             self.reports,
             self.recent,
             settings.journey,
+            tracer,
         )
         self._num_requests = 0
         self.metrics.follow_index_mismatches(lambda: self.fleet.num_index_mismatches)
@@ -83,6 +92,9 @@ class Router:
         self, request_id: RequestId, request: GenerateRequest, closing: Closing | None = None
     ) -> AsyncGenerator[OutputDelta, None]:
         return self._journey.generate(request_id, request, closing)
+
+    def refuse(self, request_id: RequestId, origin: Origin, error: ErrorInfo, waited_s: float) -> None:
+        self._journey.refuse(request_id, origin, error, waited_s, None)
 
     def report(self, request_id: RequestId) -> RequestReport | None:
         return self.reports.find(request_id)

@@ -5,12 +5,13 @@ import itertools
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from pdserve.contract.errors import ErrorInfo
 from pdserve.contract.ids import RequestId
 from pdserve.contract.messages import RequestTimings
 from pdserve.contract.sampling import FinishReason
 from pdserve.contract.tokens import num_tokens, pack_tokens, unpack_tokens
 from pdserve.contract.work import ModelInfo, TokenLogprobs
-from router.request_reports import RequestReport
+from router.request_reports import Origin, RequestReport
 from router.requests import Closing, GenerateRequest, OutputDelta, Readiness
 
 MODEL_INFO = ModelInfo(
@@ -84,6 +85,8 @@ class FakeDesk:
     """Requests that were closed before their end."""
     reports: dict[RequestId, RequestReport] = field(default_factory=dict)
     """What it has not forgotten."""
+    refused: list[tuple[RequestId, Origin, ErrorInfo]] = field(default_factory=list)
+    """Requests that came no further than the API."""
     num_ids: int = 0
     started: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the first request has come."""
@@ -99,6 +102,9 @@ class FakeDesk:
     def new_request_id(self) -> RequestId:
         self.num_ids += 1
         return RequestId(f"fake-{self.num_ids}")
+
+    def refuse(self, request_id: RequestId, origin: Origin, error: ErrorInfo, waited_s: float) -> None:
+        self.refused.append((request_id, origin, error))
 
     def report(self, request_id: RequestId) -> RequestReport | None:
         return self.reports.get(request_id)

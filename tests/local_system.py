@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from controller.worker import Worker, WorkerSettings
 from pdserve.clock import LoopClock, SystemRng
 from pdserve.contract.ids import Incarnation, RouterId, WorkerId
 from pdserve.contract.messages import Member, Members, Role, WorkerState
+from pdserve.contract.tracing import NO_TRACER, Tracer
 from pdserve.engine.engine import ModelEngine
 from pdserve.engine.executor import ThreadExecutor
 from pdserve.engine.settings import EngineSettings
@@ -22,10 +23,11 @@ from pdserve.rpc.credentials import AdminToken
 from pdserve.rpc.grpc_rpc import GrpcRpc
 from router.admin.api import create_admin_app
 from router.admin.state import LiveState
+from router.api_settings import ApiSettings
 from router.grpc_api import GrpcApi, serve_grpc
 from router.http_api import create_app
 from router.http_server import HttpServer, serve_http
-from router.router import Router
+from router.router import Router, RouterSettings
 from router.text import TextModel
 from tests.credentials import OURS
 
@@ -33,7 +35,9 @@ ADMIN_TOKEN = AdminToken("the token of the admin server")
 ROOT = Path(__file__).parent.parent
 
 
-async def start_worker(name: str, role: Role, engine: ModelEngine, settings: WorkerSettings) -> Worker:
+async def start_worker(
+    name: str, role: Role, engine: ModelEngine, settings: WorkerSettings, tracer: Tracer = NO_TRACER
+) -> Worker:
     worker = Worker(
         WorkerId(name),
         role,
@@ -43,6 +47,7 @@ async def start_worker(name: str, role: Role, engine: ModelEngine, settings: Wor
         LoopClock(),
         SystemRng(),
         settings,
+        tracer,
     )
     await worker.start("127.0.0.1:0")
     return worker
@@ -57,8 +62,17 @@ class LocalSystem:
         num_prefill: int = 1,
         num_decode: int = 1,
         worker_settings: WorkerSettings | None = None,
+        router_settings: RouterSettings | None = None,
+        api_settings: ApiSettings | None = None,
+        tracer_of: Callable[[str], Tracer] = lambda process: NO_TRACER,
     ) -> None:
-        self.router = Router(RouterId("router-0"), GrpcRpc(OURS), LoopClock(), SystemRng())
+        """`tracer_of` makes the tracer of each process, `router-0`, `decode-0` and so on."""
+        self._tracer_of = tracer_of
+        self._api_settings = api_settings or ApiSettings()
+        self._tracer = tracer_of("router-0")
+        self.router = Router(
+            RouterId("router-0"), GrpcRpc(OURS), LoopClock(), SystemRng(), router_settings, self._tracer
+        )
         self.workers: dict[str, Worker] = {}
         self._engine = engine
         self._worker_settings = worker_settings or WorkerSettings()
@@ -91,9 +105,11 @@ class LocalSystem:
         await self.start_workers(self._plan)
         await self.push_members()
         text = TextModel.load(self._engine.model)
-        api = create_app(self.router, text)
+        api = create_app(self.router, text, self._api_settings, tracer=self._tracer)
         self._http = await serve_http(api, "127.0.0.1", 0)
-        self._grpc = await serve_grpc(self.router, text, "127.0.0.1", 0)
+        self._grpc = await serve_grpc(
+            self.router, text, "127.0.0.1", 0, self._api_settings, tracer=self._tracer
+        )
         self._admin_app = create_admin_app(
             self.live, self.router.reports, api, ADMIN_TOKEN, ["admin.example"]
         )
@@ -110,6 +126,7 @@ class LocalSystem:
         await self._http.stop()
         await self.router.close()
         await self.stop_workers()
+        await self._tracer.close()
 
     async def start_admin(self, port: int = 0) -> None:
         assert self._admin_app is not None
@@ -125,7 +142,8 @@ class LocalSystem:
     async def start_workers(self, plan: Sequence[tuple[str, Role]]) -> None:
         for name, role in plan:
             engine = ModelEngine.load(self._engine)
-            self.workers[name] = await start_worker(name, role, engine, self._worker_settings)
+            tracer = self._tracer_of(name)
+            self.workers[name] = await start_worker(name, role, engine, self._worker_settings, tracer)
 
     async def replace_worker(self, name: str) -> None:
         """Put a new worker, which holds nothing, in the place of a running one."""

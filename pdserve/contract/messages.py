@@ -23,6 +23,7 @@ from pdserve.contract.errors import ErrorInfo
 from pdserve.contract.ids import BlockHash, Incarnation, RequestId, RouterId, SubmitNumber, WorkerId
 from pdserve.contract.sampling import FinishReason, SamplingParams
 from pdserve.contract.tokens import TokenBytes
+from pdserve.contract.tracing import TraceContext
 from pdserve.contract.work import BlockCounts, LayerRange, ModelInfo, PoolExport, StepCost, TokenLogprobs
 
 PROTOCOL_VERSION = 1
@@ -107,6 +108,8 @@ class Submit:
     request by itself, and its Prefill call with it, so that call carries no deadline of its own."""
     alone: bool = False
     """It may have killed workers: the decode worker computes everything itself, beside nothing else."""
+    trace: TraceContext | None = None
+    """The span of this attempt; None when the router traces nothing."""
 
 
 class CancelReason(StrEnum):
@@ -345,6 +348,8 @@ class PrefillOpen:
     seed: int = 0
     cache_salt: str = ""
     priority: int = 0
+    trace: TraceContext | None = None
+    """The span of the request at the decode worker."""
 
 
 @dataclass(frozen=True, slots=True)

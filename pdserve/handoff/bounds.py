@@ -13,6 +13,7 @@ from pdserve.contract.errors import InvalidRequest, RequestTooLong
 from pdserve.contract.messages import PrefillOpen, Submit
 from pdserve.contract.sampling import SamplingParams
 from pdserve.contract.tokens import BYTES_PER_TOKEN, TokenBytes, num_tokens
+from pdserve.contract.tracing import TraceContext
 from pdserve.contract.work import ModelInfo
 
 MAX_LOGPROBS = 4096
@@ -31,6 +32,7 @@ def check_submit(submit: Submit, info: ModelInfo) -> None:
     """Raises InvalidRequest, whose `param` is the field, or RequestTooLong."""
     _check_text("request_id", submit.request_id)
     _check_text("cache_salt", submit.cache_salt)
+    _check_trace(submit.trace)
     _check_tokens("prompt_tokens", submit.prompt_tokens, info.vocab_size)
     _check_tokens("known_output_tokens", submit.known_output_tokens, info.vocab_size)
     _check_range("prompt_tokens", num_tokens(submit.prompt_tokens), 1, math.inf)
@@ -45,6 +47,7 @@ def check_prefill_open(opened: PrefillOpen, info: ModelInfo) -> None:
     """Raises InvalidRequest, whose `param` is the field, or RequestTooLong."""
     _check_text("request_id", opened.request_id)
     _check_text("cache_salt", opened.cache_salt)
+    _check_trace(opened.trace)
     _check_tokens("tokens", opened.tokens, info.vocab_size)
     _check_range("num_prompt_tokens", opened.num_prompt_tokens, 1, num_tokens(opened.tokens))
     _check_range("seed", opened.seed, 0, _MAX_SEED)
@@ -98,6 +101,12 @@ def _check_range(field: str, value: float, low: float, high: float) -> None:
     """`value` must lie in [low, high]; nan never does."""
     if not low <= value <= high:
         raise InvalidRequest(f"'{field}' must be between {low} and {high}, got {value}", param=field)
+
+
+def _check_trace(trace: TraceContext | None) -> None:
+    if trace is not None:
+        _check_text("traceparent", trace.traceparent)
+        _check_text("tracestate", trace.tracestate)
 
 
 def _check_text(field: str, text: str) -> None:

@@ -51,11 +51,13 @@ from pdserve.contract.messages import (
     Working,
 )
 from pdserve.contract.ports import Clock, LayersDone, MessageStream
+from pdserve.contract.tracing import NO_TRACER, SpanKind, Tracer
 from pdserve.contract.work import ModelInfo
 from pdserve.handoff.bounds import check_prefill_open
 from pdserve.handoff.digest import combine
 from pdserve.handoff.ledger import BlockHold, BlockLedger
 from pdserve.handoff.prefill_job import JobState, PrefillJob
+from pdserve.handoff.prefill_trace import end_trace, names_of
 from pdserve.handoff.shipping import Shipment
 from pdserve.handoff.transports.base import SegmentSender
 from pdserve.handoff.transports.negotiation import Transports
@@ -89,6 +91,7 @@ class PrefillSource:
         metrics: WorkerMetrics,
         wake: Callable[[], None],
         settings: SendingSettings | None = None,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self.jobs: list[PrefillJob] = []  # all open calls, oldest first
         self.draining = False
@@ -102,6 +105,7 @@ class PrefillSource:
         self._metrics = metrics
         self._wake = wake
         self._settings = settings or SendingSettings()
+        self._tracer = tracer
 
     def max_segment_layers(self, sender: SegmentSender) -> int:
         """The size of segments in their unit, one layer of one block."""
@@ -197,6 +201,7 @@ class PrefillSource:
         self._check(opened)
         root = ChainRoot(opened.fingerprint, opened.cache_salt)
         job = PrefillJob(opened, root, self._info.block_size, self._info.num_layers, self._clock.now())
+        span = self._tracer.begin("prefill worker", SpanKind.SERVER, opened.trace, names_of(opened))
         outcome = ErrorCode.CANCELLED.value
         try:
             with self._enrolled(job):
@@ -209,6 +214,7 @@ class PrefillSource:
             raise
         finally:
             self._metrics.count_prefill_call(outcome)
+            end_trace(span, job, outcome, self._clock.now())
 
     def _check(self, opened: PrefillOpen) -> None:
         if opened.source_incarnation != self._incarnation:

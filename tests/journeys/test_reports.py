@@ -161,7 +161,7 @@ def test_a_request_that_recovers_names_both_attempts_and_the_cause(
             assert [stage.attempt for stage in report.stages] == [1] * 5 + [2] * 5
             await system.bury(worker)
 
-    with caplog.at_level(logging.INFO, "router.journey"):
+    with caplog.at_level(logging.INFO, "router.request_log"):
         run_virtual(story())
     (line,) = [record.__dict__["fields"] for record in caplog.records if record.msg == "request ended"]
     assert (line["outcome"], line["attempts"], line["recoveries"]) == ("length", 2, "worker_lost:1")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from pdserve.contract.errors import ErrorCode, ErrorInfo
 from pdserve.contract.ids import RequestId, WorkerId
 from pdserve.contract.messages import RequestTimings
 from pdserve.contract.sampling import SamplingParams
@@ -20,6 +21,7 @@ from router.request_reports import (
     Origin,
     RequestReport,
     RequestReports,
+    refused_report,
     shortened,
 )
 from router.requests import Closing, GenerateRequest
@@ -200,3 +202,17 @@ def test_of_many_attempts_the_last_are_told_and_all_are_counted() -> None:
 @pytest.mark.parametrize("length", [0, MAX_TEXT, MAX_TEXT + 1, 10 * MAX_TEXT])
 def test_texts_are_bounded(length: int) -> None:
     assert len(shortened("x" * length)) == min(length, MAX_TEXT)
+
+
+def test_a_flood_of_refusals_pushes_no_served_request_out() -> None:
+    reports = RequestReports()
+    reports.begin(Running(REPORT.request_id))
+    reports.end(REPORT)
+    for number in range(3000):
+        error = ErrorInfo(ErrorCode.OVERLOADED, "full")
+        request_id = RequestId(f"refused-{number}")
+        reports.refuse(refused_report(request_id, Origin(), error, REPORT.arrived_at + 100, 0.5, None))
+    assert reports.find(REPORT.request_id) == REPORT
+    assert [report.request_id for report in reports.recent(2)] == ["refused-2999", "refused-2998"]
+    assert reports.recent(5000)[-1] == REPORT
+    assert reports.find("refused-0") is None

@@ -24,23 +24,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpdserve/rpc/v1/common.proto\x12\x0epdserve.rpc.v1\"\x91\x01\n\tErrorInfo\x12\'\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x19.pdserve.rpc.v1.ErrorCode\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x1a\n\rretry_after_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05param\x18\x04 \x01(\tH\x01\x88\x01\x01\x42\x10\n\x0e_retry_after_sB\x08\n\x06_param\"/\n\x03\x45nd\x12(\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x19.pdserve.rpc.v1.ErrorInfo\"*\n\nTokenValue\x12\r\n\x05token\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01\"H\n\rTokenLogprobs\x12\x0e\n\x06\x63hosen\x18\x01 \x01(\x01\x12\'\n\x03top\x18\x02 \x03(\x0b\x32\x1a.pdserve.rpc.v1.TokenValue\"\xcb\x02\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\x04\x12\x12\n\nmin_tokens\x18\x02 \x01(\x04\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\x04\x12\r\n\x05top_p\x18\x05 \x01(\x01\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12.\n\nlogit_bias\x18\n \x03(\x0b\x32\x1a.pdserve.rpc.v1.TokenValue\x12\x15\n\x08logprobs\x18\x0b \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x12\n\nignore_eos\x18\r \x01(\x08\x42\x0b\n\t_logprobs*\xef\x04\n\tErrorCode\x12\x1a\n\x16\x45RROR_CODE_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x45RROR_CODE_INVALID_REQUEST\x10\x01\x12\x18\n\x14\x45RROR_CODE_NOT_FOUND\x10\x02\x12\x1f\n\x1b\x45RROR_CODE_REQUEST_TOO_LONG\x10\x03\x12\x1e\n\x1a\x45RROR_CODE_UNAUTHENTICATED\x10\x04\x12\x19\n\x15\x45RROR_CODE_OVERLOADED\x10\x05\x12\x1a\n\x16\x45RROR_CODE_UNAVAILABLE\x10\x06\x12 \n\x1c\x45RROR_CODE_DEADLINE_EXCEEDED\x10\x07\x12\x18\n\x14\x45RROR_CODE_CANCELLED\x10\x08\x12\x18\n\x14\x45RROR_CODE_PREEMPTED\x10\t\x12\x1a\n\x16\x45RROR_CODE_WORKER_LOST\x10\n\x12\x1d\n\x19\x45RROR_CODE_PREFILL_FAILED\x10\x0b\x12\x1f\n\x1b\x45RROR_CODE_TRANSFER_CORRUPT\x10\x0c\x12#\n\x1f\x45RROR_CODE_FINGERPRINT_MISMATCH\x10\r\x12 \n\x1c\x45RROR_CODE_STALE_INCARNATION\x10\x0e\x12\x17\n\x13\x45RROR_CODE_PROTOCOL\x10\x0f\x12\x17\n\x13\x45RROR_CODE_INTERNAL\x10\x10\x12\x1e\n\x1a\x45RROR_CODE_CLIENT_TOO_SLOW\x10\x11\x12\x16\n\x12\x45RROR_CODE_STALLED\x10\x12\x12\x18\n\x14\x45RROR_CODE_POISONOUS\x10\x13\x12\x17\n\x13\x45RROR_CODE_DRAINING\x10\x14\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpdserve/rpc/v1/common.proto\x12\x0epdserve.rpc.v1\"\x91\x01\n\tErrorInfo\x12\'\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x19.pdserve.rpc.v1.ErrorCode\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x1a\n\rretry_after_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05param\x18\x04 \x01(\tH\x01\x88\x01\x01\x42\x10\n\x0e_retry_after_sB\x08\n\x06_param\"/\n\x03\x45nd\x12(\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x19.pdserve.rpc.v1.ErrorInfo\"7\n\x0cTraceContext\x12\x13\n\x0btraceparent\x18\x01 \x01(\t\x12\x12\n\ntracestate\x18\x02 \x01(\t\"*\n\nTokenValue\x12\r\n\x05token\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01\"H\n\rTokenLogprobs\x12\x0e\n\x06\x63hosen\x18\x01 \x01(\x01\x12\'\n\x03top\x18\x02 \x03(\x0b\x32\x1a.pdserve.rpc.v1.TokenValue\"\xcb\x02\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\x04\x12\x12\n\nmin_tokens\x18\x02 \x01(\x04\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\x04\x12\r\n\x05top_p\x18\x05 \x01(\x01\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12.\n\nlogit_bias\x18\n \x03(\x0b\x32\x1a.pdserve.rpc.v1.TokenValue\x12\x15\n\x08logprobs\x18\x0b \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x12\n\nignore_eos\x18\r \x01(\x08\x42\x0b\n\t_logprobs*\xef\x04\n\tErrorCode\x12\x1a\n\x16\x45RROR_CODE_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x45RROR_CODE_INVALID_REQUEST\x10\x01\x12\x18\n\x14\x45RROR_CODE_NOT_FOUND\x10\x02\x12\x1f\n\x1b\x45RROR_CODE_REQUEST_TOO_LONG\x10\x03\x12\x1e\n\x1a\x45RROR_CODE_UNAUTHENTICATED\x10\x04\x12\x19\n\x15\x45RROR_CODE_OVERLOADED\x10\x05\x12\x1a\n\x16\x45RROR_CODE_UNAVAILABLE\x10\x06\x12 \n\x1c\x45RROR_CODE_DEADLINE_EXCEEDED\x10\x07\x12\x18\n\x14\x45RROR_CODE_CANCELLED\x10\x08\x12\x18\n\x14\x45RROR_CODE_PREEMPTED\x10\t\x12\x1a\n\x16\x45RROR_CODE_WORKER_LOST\x10\n\x12\x1d\n\x19\x45RROR_CODE_PREFILL_FAILED\x10\x0b\x12\x1f\n\x1b\x45RROR_CODE_TRANSFER_CORRUPT\x10\x0c\x12#\n\x1f\x45RROR_CODE_FINGERPRINT_MISMATCH\x10\r\x12 \n\x1c\x45RROR_CODE_STALE_INCARNATION\x10\x0e\x12\x17\n\x13\x45RROR_CODE_PROTOCOL\x10\x0f\x12\x17\n\x13\x45RROR_CODE_INTERNAL\x10\x10\x12\x1e\n\x1a\x45RROR_CODE_CLIENT_TOO_SLOW\x10\x11\x12\x16\n\x12\x45RROR_CODE_STALLED\x10\x12\x12\x18\n\x14\x45RROR_CODE_POISONOUS\x10\x13\x12\x17\n\x13\x45RROR_CODE_DRAINING\x10\x14\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pdserve.rpc.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ERRORCODE']._serialized_start=697
-  _globals['_ERRORCODE']._serialized_end=1320
+  _globals['_ERRORCODE']._serialized_start=754
+  _globals['_ERRORCODE']._serialized_end=1377
   _globals['_ERRORINFO']._serialized_start=48
   _globals['_ERRORINFO']._serialized_end=193
   _globals['_END']._serialized_start=195
   _globals['_END']._serialized_end=242
-  _globals['_TOKENVALUE']._serialized_start=244
-  _globals['_TOKENVALUE']._serialized_end=286
-  _globals['_TOKENLOGPROBS']._serialized_start=288
-  _globals['_TOKENLOGPROBS']._serialized_end=360
-  _globals['_SAMPLINGPARAMS']._serialized_start=363
-  _globals['_SAMPLINGPARAMS']._serialized_end=694
+  _globals['_TRACECONTEXT']._serialized_start=244
+  _globals['_TRACECONTEXT']._serialized_end=299
+  _globals['_TOKENVALUE']._serialized_start=301
+  _globals['_TOKENVALUE']._serialized_end=343
+  _globals['_TOKENLOGPROBS']._serialized_start=345
+  _globals['_TOKENLOGPROBS']._serialized_end=417
+  _globals['_SAMPLINGPARAMS']._serialized_start=420
+  _globals['_SAMPLINGPARAMS']._serialized_end=751
 # @@protoc_insertion_point(module_scope)

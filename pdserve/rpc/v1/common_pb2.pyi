@@ -70,6 +70,14 @@ class End(_message.Message):
     error: ErrorInfo
     def __init__(self, error: _Optional[_Union[ErrorInfo, _Mapping]] = ...) -> None: ...
 
+class TraceContext(_message.Message):
+    __slots__ = ("traceparent", "tracestate")
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    TRACESTATE_FIELD_NUMBER: _ClassVar[int]
+    traceparent: str
+    tracestate: str
+    def __init__(self, traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ...) -> None: ...
+
 class TokenValue(_message.Message):
     __slots__ = ("token", "value")
     TOKEN_FIELD_NUMBER: _ClassVar[int]

@@ -76,7 +76,7 @@ class PoolExport(_message.Message):
     def __init__(self, host_id: _Optional[str] = ..., pid: _Optional[int] = ..., fd: _Optional[int] = ..., num_bytes: _Optional[int] = ..., token: _Optional[str] = ...) -> None: ...
 
 class PrefillOpen(_message.Message):
-    __slots__ = ("request_id", "attempt", "decode_worker_id", "source_incarnation", "fingerprint", "tokens", "num_prompt_tokens", "transports", "sampling", "seed", "cache_salt", "priority")
+    __slots__ = ("request_id", "attempt", "decode_worker_id", "source_incarnation", "fingerprint", "tokens", "num_prompt_tokens", "transports", "sampling", "seed", "cache_salt", "priority", "trace")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     DECODE_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +89,7 @@ class PrefillOpen(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     decode_worker_id: str
@@ -101,7 +102,8 @@ class PrefillOpen(_message.Message):
     seed: int
     cache_salt: str
     priority: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., decode_worker_id: _Optional[str] = ..., source_incarnation: _Optional[int] = ..., fingerprint: _Optional[str] = ..., tokens: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., transports: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., seed: _Optional[int] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
+    trace: _common_pb2.TraceContext
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., decode_worker_id: _Optional[str] = ..., source_incarnation: _Optional[int] = ..., fingerprint: _Optional[str] = ..., tokens: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., transports: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., seed: _Optional[int] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., trace: _Optional[_Union[_common_pb2.TraceContext, _Mapping]] = ...) -> None: ...
 
 class Working(_message.Message):
     __slots__ = ()

@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from pdserve.rpc.v1 import common_pb2 as pdserve_dot_rpc_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpdserve/rpc/v1/session.proto\x12\x0epdserve.rpc.v1\x1a\x1bpdserve/rpc/v1/common.proto\"\xc3\x01\n\tSessionUp\x12\x33\n\x0csession_open\x18\x01 \x01(\x0b\x32\x1b.pdserve.rpc.v1.SessionOpenH\x00\x12(\n\x06submit\x18\x02 \x01(\x0b\x32\x16.pdserve.rpc.v1.SubmitH\x00\x12(\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x16.pdserve.rpc.v1.CancelH\x00\x12\"\n\x03\x65nd\x18\x0f \x01(\x0b\x32\x13.pdserve.rpc.v1.EndH\x00\x42\t\n\x07message\"\xc5\x02\n\x0bSessionDown\x12\x35\n\rsession_ready\x18\x01 \x01(\x0b\x32\x1c.pdserve.rpc.v1.SessionReadyH\x00\x12&\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x15.pdserve.rpc.v1.FrameH\x00\x12*\n\x07refused\x18\x03 \x01(\x0b\x32\x17.pdserve.rpc.v1.RefusedH\x00\x12(\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x16.pdserve.rpc.v1.FailedH\x00\x12*\n\x07holding\x18\x05 \x01(\x0b\x32\x17.pdserve.rpc.v1.HoldingH\x00\x12&\n\x05\x61lone\x18\x06 \x01(\x0b\x32\x15.pdserve.rpc.v1.AloneH\x00\x12\"\n\x03\x65nd\x18\x0f \x01(\x0b\x32\x13.pdserve.rpc.v1.EndH\x00\x42\t\n\x07message\"h\n\x0bSessionOpen\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x1a\n\x12router_incarnation\x18\x02 \x01(\x06\x12\x1a\n\x12worker_incarnation\x18\x03 \x01(\x06\x12\x0e\n\x06number\x18\x04 \x01(\x04\"*\n\x0cSessionReady\x12\x1a\n\x12worker_incarnation\x18\x01 \x01(\x06\"H\n\rPrefillSource\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x06\"\xc0\x02\n\x06Submit\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x15\n\rprompt_tokens\x18\x04 \x01(\x0c\x12\x1b\n\x13known_output_tokens\x18\x05 \x01(\x0c\x12\x30\n\x08sampling\x18\x06 \x01(\x0b\x32\x1e.pdserve.rpc.v1.SamplingParams\x12\x0c\n\x04seed\x18\x07 \x01(\x06\x12.\n\x07prefill\x18\x08 \x01(\x0b\x32\x1d.pdserve.rpc.v1.PrefillSource\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x10\n\x08priority\x18\n \x01(\x12\x12\x18\n\x0b\x64\x65\x61\x64line_ms\x18\x0b \x01(\x12H\x00\x88\x01\x01\x12\r\n\x05\x61lone\x18\x0c \x01(\x08\x42\x0e\n\x0c_deadline_ms\"F\n\x06\x43\x61ncel\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12,\n\x06reason\x18\x02 \x01(\x0e\x32\x1c.pdserve.rpc.v1.CancelReason\"\xf2\x01\n\x05\x46rame\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0e\n\x06number\x18\x02 \x03(\x04\x12\x13\n\x0b\x66irst_index\x18\x03 \x03(\x04\x12\x12\n\nnum_tokens\x18\x04 \x03(\r\x12\x0e\n\x06tokens\x18\x05 \x01(\x0c\x12-\n\x08\x66inishes\x18\x06 \x03(\x0b\x32\x1b.pdserve.rpc.v1.EventFinish\x12/\n\x08logprobs\x18\x07 \x03(\x0b\x32\x1d.pdserve.rpc.v1.EventLogprobs\x12\x32\n\x07timings\x18\x08 \x03(\x0b\x32!.pdserve.rpc.v1.SubmissionTimings\"J\n\x0b\x45ventFinish\x12\r\n\x05\x65vent\x18\x01 \x01(\r\x12,\n\x06reason\x18\x02 \x01(\x0e\x32\x1c.pdserve.rpc.v1.FinishReason\"M\n\rEventLogprobs\x12\r\n\x05\x65vent\x18\x01 \x01(\r\x12-\n\x06tokens\x18\x02 \x03(\x0b\x32\x1d.pdserve.rpc.v1.TokenLogprobs\"T\n\x11SubmissionTimings\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12/\n\x07timings\x18\x02 \x01(\x0b\x32\x1e.pdserve.rpc.v1.RequestTimings\"\xaa\x02\n\x0eRequestTimings\x12$\n\x1c\x63\x61\x63hed_prompt_tokens_prefill\x18\x01 \x01(\x04\x12#\n\x1b\x63\x61\x63hed_prompt_tokens_decode\x18\x02 \x01(\x04\x12\x0f\n\x07queue_s\x18\x03 \x01(\x01\x12\x11\n\tprefill_s\x18\x04 \x01(\x01\x12\x12\n\ntransfer_s\x18\x05 \x01(\x01\x12\x16\n\x0etransfer_bytes\x18\x06 \x01(\x04\x12\x11\n\ttransport\x18\x07 \x01(\t\x12\x19\n\x11transfer_hidden_s\x18\x08 \x01(\x01\x12\x1a\n\x12transfer_exposed_s\x18\t \x01(\x01\x12\x18\n\x10transport_reason\x18\n \x01(\t\x12\x19\n\x11transfer_is_whole\x18\x0b \x01(\x08\"C\n\x07Refused\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12(\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x19.pdserve.rpc.v1.ErrorInfo\"W\n\x06\x46\x61iled\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12(\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x19.pdserve.rpc.v1.ErrorInfo\x12\x13\n\x0blost_source\x18\x03 \x01(\x08\"/\n\x07Holding\x12\x13\n\x0blast_submit\x18\x01 \x01(\x04\x12\x0f\n\x07numbers\x18\x02 \x03(\x04\"&\n\x05\x41lone\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\r\n\x05\x61lone\x18\x02 \x01(\x08*\xe5\x01\n\x0c\x43\x61ncelReason\x12\x1d\n\x19\x43\x41NCEL_REASON_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x43\x41NCEL_REASON_CLIENT_LEFT\x10\x01\x12\x1d\n\x19\x43\x41NCEL_REASON_STOP_STRING\x10\x02\x12!\n\x1d\x43\x41NCEL_REASON_CLIENT_TOO_SLOW\x10\x03\x12\x1a\n\x16\x43\x41NCEL_REASON_DEADLINE\x10\x04\x12\x19\n\x15\x43\x41NCEL_REASON_STALLED\x10\x05\x12\x1e\n\x1a\x43\x41NCEL_REASON_UNKNOWN_HERE\x10\x06*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpdserve/rpc/v1/session.proto\x12\x0epdserve.rpc.v1\x1a\x1bpdserve/rpc/v1/common.proto\"\xc3\x01\n\tSessionUp\x12\x33\n\x0csession_open\x18\x01 \x01(\x0b\x32\x1b.pdserve.rpc.v1.SessionOpenH\x00\x12(\n\x06submit\x18\x02 \x01(\x0b\x32\x16.pdserve.rpc.v1.SubmitH\x00\x12(\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x16.pdserve.rpc.v1.CancelH\x00\x12\"\n\x03\x65nd\x18\x0f \x01(\x0b\x32\x13.pdserve.rpc.v1.EndH\x00\x42\t\n\x07message\"\xc5\x02\n\x0bSessionDown\x12\x35\n\rsession_ready\x18\x01 \x01(\x0b\x32\x1c.pdserve.rpc.v1.SessionReadyH\x00\x12&\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x15.pdserve.rpc.v1.FrameH\x00\x12*\n\x07refused\x18\x03 \x01(\x0b\x32\x17.pdserve.rpc.v1.RefusedH\x00\x12(\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x16.pdserve.rpc.v1.FailedH\x00\x12*\n\x07holding\x18\x05 \x01(\x0b\x32\x17.pdserve.rpc.v1.HoldingH\x00\x12&\n\x05\x61lone\x18\x06 \x01(\x0b\x32\x15.pdserve.rpc.v1.AloneH\x00\x12\"\n\x03\x65nd\x18\x0f \x01(\x0b\x32\x13.pdserve.rpc.v1.EndH\x00\x42\t\n\x07message\"h\n\x0bSessionOpen\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x1a\n\x12router_incarnation\x18\x02 \x01(\x06\x12\x1a\n\x12worker_incarnation\x18\x03 \x01(\x06\x12\x0e\n\x06number\x18\x04 \x01(\x04\"*\n\x0cSessionReady\x12\x1a\n\x12worker_incarnation\x18\x01 \x01(\x06\"H\n\rPrefillSource\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x06\"\xed\x02\n\x06Submit\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x15\n\rprompt_tokens\x18\x04 \x01(\x0c\x12\x1b\n\x13known_output_tokens\x18\x05 \x01(\x0c\x12\x30\n\x08sampling\x18\x06 \x01(\x0b\x32\x1e.pdserve.rpc.v1.SamplingParams\x12\x0c\n\x04seed\x18\x07 \x01(\x06\x12.\n\x07prefill\x18\x08 \x01(\x0b\x32\x1d.pdserve.rpc.v1.PrefillSource\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x10\n\x08priority\x18\n \x01(\x12\x12\x18\n\x0b\x64\x65\x61\x64line_ms\x18\x0b \x01(\x12H\x00\x88\x01\x01\x12\r\n\x05\x61lone\x18\x0c \x01(\x08\x12+\n\x05trace\x18\r \x01(\x0b\x32\x1c.pdserve.rpc.v1.TraceContextB\x0e\n\x0c_deadline_ms\"F\n\x06\x43\x61ncel\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12,\n\x06reason\x18\x02 \x01(\x0e\x32\x1c.pdserve.rpc.v1.CancelReason\"\xf2\x01\n\x05\x46rame\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0e\n\x06number\x18\x02 \x03(\x04\x12\x13\n\x0b\x66irst_index\x18\x03 \x03(\x04\x12\x12\n\nnum_tokens\x18\x04 \x03(\r\x12\x0e\n\x06tokens\x18\x05 \x01(\x0c\x12-\n\x08\x66inishes\x18\x06 \x03(\x0b\x32\x1b.pdserve.rpc.v1.EventFinish\x12/\n\x08logprobs\x18\x07 \x03(\x0b\x32\x1d.pdserve.rpc.v1.EventLogprobs\x12\x32\n\x07timings\x18\x08 \x03(\x0b\x32!.pdserve.rpc.v1.SubmissionTimings\"J\n\x0b\x45ventFinish\x12\r\n\x05\x65vent\x18\x01 \x01(\r\x12,\n\x06reason\x18\x02 \x01(\x0e\x32\x1c.pdserve.rpc.v1.FinishReason\"M\n\rEventLogprobs\x12\r\n\x05\x65vent\x18\x01 \x01(\r\x12-\n\x06tokens\x18\x02 \x03(\x0b\x32\x1d.pdserve.rpc.v1.TokenLogprobs\"T\n\x11SubmissionTimings\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12/\n\x07timings\x18\x02 \x01(\x0b\x32\x1e.pdserve.rpc.v1.RequestTimings\"\xaa\x02\n\x0eRequestTimings\x12$\n\x1c\x63\x61\x63hed_prompt_tokens_prefill\x18\x01 \x01(\x04\x12#\n\x1b\x63\x61\x63hed_prompt_tokens_decode\x18\x02 \x01(\x04\x12\x0f\n\x07queue_s\x18\x03 \x01(\x01\x12\x11\n\tprefill_s\x18\x04 \x01(\x01\x12\x12\n\ntransfer_s\x18\x05 \x01(\x01\x12\x16\n\x0etransfer_bytes\x18\x06 \x01(\x04\x12\x11\n\ttransport\x18\x07 \x01(\t\x12\x19\n\x11transfer_hidden_s\x18\x08 \x01(\x01\x12\x1a\n\x12transfer_exposed_s\x18\t \x01(\x01\x12\x18\n\x10transport_reason\x18\n \x01(\t\x12\x19\n\x11transfer_is_whole\x18\x0b \x01(\x08\"C\n\x07Refused\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12(\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x19.pdserve.rpc.v1.ErrorInfo\"W\n\x06\x46\x61iled\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12(\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x19.pdserve.rpc.v1.ErrorInfo\x12\x13\n\x0blost_source\x18\x03 \x01(\x08\"/\n\x07Holding\x12\x13\n\x0blast_submit\x18\x01 \x01(\x04\x12\x0f\n\x07numbers\x18\x02 \x03(\x04\"&\n\x05\x41lone\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\r\n\x05\x61lone\x18\x02 \x01(\x08*\xe5\x01\n\x0c\x43\x61ncelReason\x12\x1d\n\x19\x43\x41NCEL_REASON_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x43\x41NCEL_REASON_CLIENT_LEFT\x10\x01\x12\x1d\n\x19\x43\x41NCEL_REASON_STOP_STRING\x10\x02\x12!\n\x1d\x43\x41NCEL_REASON_CLIENT_TOO_SLOW\x10\x03\x12\x1a\n\x16\x43\x41NCEL_REASON_DEADLINE\x10\x04\x12\x19\n\x15\x43\x41NCEL_REASON_STALLED\x10\x05\x12\x1e\n\x1a\x43\x41NCEL_REASON_UNKNOWN_HERE\x10\x06*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pdserve.rpc.v1.session_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CANCELREASON']._serialized_start=2257
-  _globals['_CANCELREASON']._serialized_end=2486
-  _globals['_FINISHREASON']._serialized_start=2488
-  _globals['_FINISHREASON']._serialized_end=2583
+  _globals['_CANCELREASON']._serialized_start=2302
+  _globals['_CANCELREASON']._serialized_end=2531
+  _globals['_FINISHREASON']._serialized_start=2533
+  _globals['_FINISHREASON']._serialized_end=2628
   _globals['_SESSIONUP']._serialized_start=78
   _globals['_SESSIONUP']._serialized_end=273
   _globals['_SESSIONDOWN']._serialized_start=276
@@ -47,25 +47,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREFILLSOURCE']._serialized_start=753
   _globals['_PREFILLSOURCE']._serialized_end=825
   _globals['_SUBMIT']._serialized_start=828
-  _globals['_SUBMIT']._serialized_end=1148
-  _globals['_CANCEL']._serialized_start=1150
-  _globals['_CANCEL']._serialized_end=1220
-  _globals['_FRAME']._serialized_start=1223
-  _globals['_FRAME']._serialized_end=1465
-  _globals['_EVENTFINISH']._serialized_start=1467
-  _globals['_EVENTFINISH']._serialized_end=1541
-  _globals['_EVENTLOGPROBS']._serialized_start=1543
-  _globals['_EVENTLOGPROBS']._serialized_end=1620
-  _globals['_SUBMISSIONTIMINGS']._serialized_start=1622
-  _globals['_SUBMISSIONTIMINGS']._serialized_end=1706
-  _globals['_REQUESTTIMINGS']._serialized_start=1709
-  _globals['_REQUESTTIMINGS']._serialized_end=2007
-  _globals['_REFUSED']._serialized_start=2009
-  _globals['_REFUSED']._serialized_end=2076
-  _globals['_FAILED']._serialized_start=2078
-  _globals['_FAILED']._serialized_end=2165
-  _globals['_HOLDING']._serialized_start=2167
-  _globals['_HOLDING']._serialized_end=2214
-  _globals['_ALONE']._serialized_start=2216
-  _globals['_ALONE']._serialized_end=2254
+  _globals['_SUBMIT']._serialized_end=1193
+  _globals['_CANCEL']._serialized_start=1195
+  _globals['_CANCEL']._serialized_end=1265
+  _globals['_FRAME']._serialized_start=1268
+  _globals['_FRAME']._serialized_end=1510
+  _globals['_EVENTFINISH']._serialized_start=1512
+  _globals['_EVENTFINISH']._serialized_end=1586
+  _globals['_EVENTLOGPROBS']._serialized_start=1588
+  _globals['_EVENTLOGPROBS']._serialized_end=1665
+  _globals['_SUBMISSIONTIMINGS']._serialized_start=1667
+  _globals['_SUBMISSIONTIMINGS']._serialized_end=1751
+  _globals['_REQUESTTIMINGS']._serialized_start=1754
+  _globals['_REQUESTTIMINGS']._serialized_end=2052
+  _globals['_REFUSED']._serialized_start=2054
+  _globals['_REFUSED']._serialized_end=2121
+  _globals['_FAILED']._serialized_start=2123
+  _globals['_FAILED']._serialized_end=2210
+  _globals['_HOLDING']._serialized_start=2212
+  _globals['_HOLDING']._serialized_end=2259
+  _globals['_ALONE']._serialized_start=2261
+  _globals['_ALONE']._serialized_end=2299
 # @@protoc_insertion_point(module_scope)

@@ -93,7 +93,7 @@ class PrefillSource(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("number", "request_id", "attempt", "prompt_tokens", "known_output_tokens", "sampling", "seed", "prefill", "cache_salt", "priority", "deadline_ms", "alone")
+    __slots__ = ("number", "request_id", "attempt", "prompt_tokens", "known_output_tokens", "sampling", "seed", "prefill", "cache_salt", "priority", "deadline_ms", "alone", "trace")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -106,6 +106,7 @@ class Submit(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     ALONE_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     number: int
     request_id: str
     attempt: int
@@ -118,7 +119,8 @@ class Submit(_message.Message):
     priority: int
     deadline_ms: int
     alone: bool
-    def __init__(self, number: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_tokens: _Optional[bytes] = ..., known_output_tokens: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., seed: _Optional[int] = ..., prefill: _Optional[_Union[PrefillSource, _Mapping]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., alone: bool = ...) -> None: ...
+    trace: _common_pb2.TraceContext
+    def __init__(self, number: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_tokens: _Optional[bytes] = ..., known_output_tokens: _Optional[bytes] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., seed: _Optional[int] = ..., prefill: _Optional[_Union[PrefillSource, _Mapping]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., alone: bool = ..., trace: _Optional[_Union[_common_pb2.TraceContext, _Mapping]] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("number", "reason")

@@ -63,7 +63,7 @@ class RequestRow {
     fields.text("time", new Date(report.arrived_at * 1000).toLocaleTimeString());
     fields.text("outcome", report.outcome ?? report.state);
     fields.attribute("outcome", "data-outcome", kindOf(report));
-    fields.text("size", `${plural(report.prompt_tokens, "prompt token")}, ${report.output_tokens} out`);
+    fields.text("size", sizeOf(report));
     fields.text("first", `first token ${duration(report.first_token_s)}`);
     fields.text("total", report.outcome === null ? "runs" : duration(ended_s));
     fields.text("id", report.request_id);
@@ -84,6 +84,11 @@ class AttemptRow {
   update(attempt) {
     this.fields.text("text", describe(attempt));
   }
+}
+
+function sizeOf(report) {
+  if (report.prompt_tokens === null) return "refused";
+  return `${plural(report.prompt_tokens, "prompt token")}, ${report.output_tokens} out`;
 }
 
 function kindOf(report) {
