@@ -38,7 +38,7 @@ from pdserve.contract.tokens import num_tokens, slice_tokens
 from pdserve.contract.tracing import Attributes, Span, SpanKind, Tracer
 from pdserve.metrics import RouterMetrics
 from router.admission import Admission
-from router.bookings import Booked
+from router.booking import Booking
 from router.bounds import check_length
 from router.fleet import Fate, Fleet, Identity
 from router.links import Links, Submission, SubmissionEnd, SubmissionTokens
@@ -430,8 +430,8 @@ class Journey:
     def _counted_as_waiting(self, progress: Progress) -> "_Waiting":
         return _Waiting(self._metrics, progress.num_prompt)
 
-    def _book(self, progress: Progress, placement: Placement, number: SubmitNumber) -> "_Booking":
-        return _Booking(self._fleet, placement, progress.num_known, number)
+    def _book(self, progress: Progress, placement: Placement, number: SubmitNumber) -> Booking:
+        return Booking(self._fleet, placement, progress.num_known, number)
 
     def _remaining_s(self, progress: Progress) -> float | None:
         return None if progress.deadline_at is None else max(0.0, progress.deadline_at - self._clock.now())
@@ -439,35 +439,6 @@ class Journey:
     def _remaining_ms(self, progress: Progress) -> int | None:
         remaining_s = self._remaining_s(progress)
         return None if remaining_s is None else int(remaining_s * 1000)
-
-
-class _Booking:
-    """One attempt's tokens on the books of its workers, from its submission to its end."""
-
-    def __init__(self, fleet: Fleet, placement: Placement, num_tokens: int, number: SubmitNumber) -> None:
-        self._fleet = fleet
-        computes = placement.prefill is None
-        to_compute = placement.num_to_compute
-        booked = Booked(to_compute if computes else 0, num_tokens, number)
-        self._decode = fleet.book(placement.decode, self, booked)
-        self._prefill = None
-        if placement.prefill is not None:
-            self._prefill = fleet.book(placement.prefill, self, Booked(to_compute, 0))
-        self._computing = True
-
-    def prefill_is_done(self) -> None:
-        """The first token is there: the prompt has been worked off."""
-        if not self._computing:
-            return
-        self._computing = False
-        if self._prefill is None:
-            self._fleet.prefill_is_done(self._decode, self)
-        else:
-            self._fleet.release(self._prefill, self)
-
-    def clear(self) -> None:
-        self.prefill_is_done()
-        self._fleet.release(self._decode, self)
 
 
 class _Waiting:
