@@ -4,7 +4,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
-PACKAGES := pdserve router prefill_worker decode_worker controller load_generator
+PACKAGES := pdserve router prefill_worker decode_worker controller load_generator simulator
 
 .PHONY: install up test check format proto docs bench simulate-faults simulate-mutations faults soak clean
 

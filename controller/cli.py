@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pdserve
+from controller.simulate_cli import add_simulate
 from controller.terminal import complain
 from pdserve.config import load_config
 from pdserve.contract.errors import PdserveError
@@ -28,6 +29,7 @@ examples:
   pdserve admin                                  the live page's URL, with its token
   pdserve check
   pdserve bench --rate 4 --count 200
+  pdserve simulate --trace trace.jsonl           placement policies on recorded load, in virtual time
   pdserve down
 """
 _INTERRUPTED = 130
@@ -67,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_fault(commands)
     _add_generate(commands)
     _add_bench(commands)
+    add_simulate(commands)
     return parser
 
 

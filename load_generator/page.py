@@ -3,6 +3,7 @@
 import html
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,15 @@ from pdserve.contract.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A figure that only the caller can draw."""
+
+    caption: str
+    draw: "Callable[[Axes], None]"
+
 
 _MAX_POINTS = 5000
 """Of one scatter plot; more make the page slow and show nothing more."""
@@ -28,8 +38,9 @@ figure {{ margin: 2rem 0 }} svg {{ max-width: 100%; height: auto }} figcaption {
 """
 
 
-def write_page(path: Path, title: str, results: Sequence[Result]) -> None:
-    """Raises ConfigError when matplotlib is not installed or the file cannot be written."""
+def write_page(path: Path, title: str, results: Sequence[Result], more: Sequence[Plot] = ()) -> None:
+    """`more` plots follow those of the results. Raises ConfigError when matplotlib is not installed or the
+    file cannot be written."""
     figures = [
         ("How long until the first token", _cumulative(results, "time to first token, ms", _first)),
         ("How long between two tokens", _cumulative(results, "inter-token time, ms", _between)),
@@ -41,6 +52,7 @@ def write_page(path: Path, title: str, results: Sequence[Result]) -> None:
         tables = [sweep_table(results)]
     else:
         tables = [table(result) for result in results]
+    figures += [(plot.caption, _svg(plot.draw)) for plot in more]
     body = [_HEAD.format(title=html.escape(title))]
     body += [f"<pre>{html.escape(text)}</pre>" for text in tables]
     body += [f"<figure>{svg}<figcaption>{html.escape(text)}.</figcaption></figure>" for text, svg in figures]

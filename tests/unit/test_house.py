@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = {"router", "prefill_worker", "decode_worker", "load_generator"}
-PACKAGES = {"pdserve", "controller", *ROOMS}
+PACKAGES = {"pdserve", "controller", "simulator", *ROOMS}
 PURE_MODULES = (
     "pdserve.contract.block_names",
     "pdserve.contract.errors",
@@ -79,7 +79,7 @@ def test_deploy_holds_no_python() -> None:
 
 
 def test_every_room_tells_the_life_of_a_request_in_numbered_steps() -> None:
-    for room in ROOMS | {"controller"}:
+    for room in ROOMS | {"controller", "simulator"}:
         docstring = (ROOT / room / "__init__.py").read_text()
         assert re.findall(r"^(\d)\. ", docstring, re.MULTILINE)[:3] == ["1", "2", "3"], room
 
