@@ -11,15 +11,15 @@ SHAPE: dict[str, Any] = {
     "vocab_size": 4096,
     "hidden_size": 384,
     "intermediate_size": 1536,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 4,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }
-"""15M parameters: 512 prompt tokens take as long as 15 decode steps, a run of 60 requests takes seconds."""
+"""10M parameters: 512 prompt tokens take as long as a dozen decode steps, 60 requests take some seconds."""
 CHUNK_TOKENS = 256
-STEP_BUDGET_MS = 100.0
+STEP_BUDGET_MS = 60.0
 """Every worker's, so that steps in which an unsplit one computes prompts beside its running streams keep the
 SLO "no stall"."""
 
@@ -67,7 +67,7 @@ class Plan:
     num_requests: int = 60
     """Of one run."""
     repetitions: int = 7
-    max_sweep_runs: int = 6
+    max_sweep_runs: int = 5
     shape: Mapping[str, Any] = field(default_factory=lambda: SHAPE)
     arrangements: tuple[str, ...] = tuple(ARRANGEMENTS)
 
@@ -99,11 +99,12 @@ def first_rate(workload: Workload) -> float:
     """Where a sweep begins, requests per second: what one core might do, if it computed nothing twice."""
     facts = workload.facts()
     prompt_s = PER_PROMPT_TOKEN_S * facts["mean_prompt_tokens"] * (1 - facts["shared_share"])
-    return round(1 / (prompt_s + PER_OUTPUT_TOKEN_S * facts["mean_output_tokens"]), 2)
+    return round(1 / (PER_REQUEST_S + prompt_s + PER_OUTPUT_TOKEN_S * facts["mean_output_tokens"]), 2)
 
 
-PER_PROMPT_TOKEN_S = 0.0002
-PER_OUTPUT_TOKEN_S = 0.003
+PER_REQUEST_S = 0.01
+PER_PROMPT_TOKEN_S = 0.00014
+PER_OUTPUT_TOKEN_S = 0.002
 
 
 def run_seconds(workload: Workload, rate: float) -> float:

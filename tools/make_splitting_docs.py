@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.replay import NOT_OF_THE_SYSTEM
 from benchmarks.splitting_results import SWEPT_SLO, common_rates, knee, knee_of
 from tools import splitting_plots
 
@@ -106,7 +107,7 @@ def _knees(results: Results) -> Iterator[str]:
 
 def _same_rates(results: Results) -> Iterator[str]:
     slos = [f"goodput: {slo}" for slo in results["slos"]]
-    heads = ["workload, requests/s", "arrangement", *slos, *TIMES, "cached", "computing"]
+    heads = ["workload, requests/s", "arrangement", *slos, *TIMES, "cached", "CPU", "computing"]
     yield f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}"
     for workload in results["workloads"]:
         for which, rate in _rates(results, workload).items():
@@ -123,9 +124,17 @@ def _cells(runs: Sequence[Run], rate: float) -> Iterator[str]:
     yield from (_spread([rate * run["good_share"][slo] for run in runs], "{:.1f}") for slo in slos)
     yield from (_spread([run[key][at] for run in runs], "{:.0f}") for key, at in TIMES.values())
     yield f"{median(run['cached_share'] for run in runs):.0%}"
+    yield f"{1000 * median(_cpu_s(run) for run in runs):.0f}"
     yield ", ".join(
         f"{worker} {median(run['stepping'][worker] for run in runs):.0%}" for worker in runs[0]["stepping"]
     )
+
+
+def _cpu_s(run: Run) -> float:
+    """Of router and workers, for a request."""
+    cores = sum(used for name, used in run["cores"].items() if name not in NOT_OF_THE_SYSTEM)
+    used_s: float = cores * run["wall_s"]
+    return used_s / run["num_requests"]
 
 
 def _ratios(results: Results) -> Iterator[str]:

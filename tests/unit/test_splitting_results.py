@@ -24,6 +24,7 @@ def run(**fields: Any) -> dict[str, Any]:
     keys = ("first_token_ms", "second_token_ms", "inter_token_ms")
     workers = ["prefill-0", "decode-0"] if fields["arrangement"] == "split" else ["unsplit-0"]
     told = {"workload": "chat", "good_share": dict.fromkeys(SLOS, 1.0), "cached_share": 0.5}
+    told |= {"num_requests": 4, "wall_s": 2.0, "cores": {"router-0": 0.1, "generator": 0.1, "others": 0.5}}
     return {**told, "stepping": dict.fromkeys(workers, 0.25), **dict.fromkeys(keys, times), **fields}
 
 
@@ -123,7 +124,7 @@ def test_the_page_has_medians_spreads_and_ratios_of_pairs(tmp_path: Path) -> Non
     assert "| chat | 6.0 (6.0) | 5.0 (none) | 2.7 (none) |" in page
     assert "| chat, low: 2.16 | split | 2.2 (2.2 to 2.2) | 2.2 (2.2 to 2.2) | 30 (10 to 40) |" in page
     assert "| chat, low | two unsplit | 1.00 (0 of 3) | 1.50 (1 of 3) | 1.00 (0 of 3) |" in page
-    assert "prefill-0 25%, decode-0 25%" in page
+    assert "| 50% | 50 | prefill-0 25%, decode-0 25% |" in page
     assert "Commit 0123456, 2030-01-02, 2 cores of a CPU, torch 9.9;" in page
     assert filled(page, found.content) == page
     assert filled(page, {}) == filled(PAGE.read_text(), {})
