@@ -19,6 +19,8 @@ Every finished run is in the results file at once, and the same command goes on 
 import argparse
 import asyncio
 import os
+import signal
+import sys
 import tempfile
 import time
 import zlib
@@ -44,6 +46,7 @@ WARM_UP_REQUESTS = 20
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the systems are ended then, too
     arguments = _parse()
     plan = Plan(num_requests=8, repetitions=1, max_sweep_runs=2) if arguments.smoke else Plan()
     traces = sorted(arguments.traces.glob("*.jsonl"))
