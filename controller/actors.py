@@ -35,7 +35,7 @@ def controller_name(system: str) -> str:
 
 def stop_leftovers(system: str) -> None:
     """Kill all routers and workers of a system that its controller has left behind."""
-    for name in _actor_names(f"pdserve/{system}/"):
+    for name in _actor_names(_system_prefix(system)):
         with contextlib.suppress(ValueError):  # it has ended since
             ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
 
@@ -43,60 +43,34 @@ def stop_leftovers(system: str) -> None:
 class RayProcesses:
     """Creates actors of one deployment, and finds those of an earlier controller by their names."""
 
-    def __init__(self, deployment: Deployment, controller: Any, head: HeadWatch) -> None:
+    def __init__(self, controller: Any, head: HeadWatch) -> None:
         """`controller` is the handle that the actors report to."""
-        self._deployment = deployment
         self._controller = controller
         self._head = head
 
-    def find(self, spec: ProcessSpec) -> "RayProcess | None":
-        for name in _actor_names(self._prefix(spec)):
+    def find(self, spec: ProcessSpec, deployment: Deployment) -> "RayProcess | None":
+        for name in _actor_names(_prefix(spec, deployment)):
             with contextlib.suppress(ValueError):  # it has ended since
-                return RayProcess(spec, ray.get_actor(name, NAMESPACE), self._resources(spec))
+                return RayProcess(spec, ray.get_actor(name, NAMESPACE), _resources(spec, deployment))
         return None
+
+    def left_behind(self, deployment: Deployment) -> list[ProcessSpec]:
+        prefix = _system_prefix(deployment.config.name)
+        ids = {name.removeprefix(prefix).partition("/")[0] for name in _actor_names(prefix)}
+        return [ProcessSpec.of(process_id) for process_id in sorted(ids)]
 
     async def until_able(self) -> None:
         await self._head.until_there()
 
-    def create(self, spec: ProcessSpec, previous: ProcessReport | None) -> "RayProcess":
-        resources = self._resources(spec)
+    def create(
+        self, spec: ProcessSpec, deployment: Deployment, previous: ProcessReport | None
+    ) -> "RayProcess":
+        resources = _resources(spec, deployment)
         kind = RouterActor if spec.pool == ROUTER_POOL else WorkerActor
-        plan = ProcessPlan(spec, self._deployment, self._num_neighbours(), resources.num_gpus, previous)
-        actor = ray.remote(kind).options(**self._options(spec, resources)).remote(plan, self._controller)
+        plan = ProcessPlan(spec, deployment, _num_neighbours(deployment), resources.num_gpus, previous)
+        options = _options(spec, deployment, resources)
+        actor = ray.remote(kind).options(**options).remote(plan, self._controller)
         return RayProcess(spec, actor, resources)
-
-    def _prefix(self, spec: ProcessSpec) -> str:
-        return f"pdserve/{self._deployment.config.name}/{spec.id}/"
-
-    def _options(self, spec: ProcessSpec, resources: ResourcesConfig) -> dict[str, Any]:
-        env = self._deployment.env(spec)
-        return {
-            # A dead actor's name is not free at once, so no two have the same.
-            "name": self._prefix(spec) + secrets.token_hex(4),
-            "namespace": NAMESPACE,
-            "lifetime": "detached",
-            "max_restarts": 0,
-            "num_cpus": resources.num_cpus,
-            "num_gpus": resources.num_gpus,
-            "memory": resources.memory or None,
-            "resources": dict(resources.custom) or None,
-            "runtime_env": {"env_vars": env} if env else None,
-        }
-
-    def _resources(self, spec: ProcessSpec) -> ResourcesConfig:
-        """As configured. On a local Ray the workers share the GPUs that are there, because Ray hides GPUs
-        from whoever asks for none."""
-        resources = self._deployment.resources(spec)
-        device = self._deployment.config.model.device
-        if not self._deployment.is_local or spec.pool == ROUTER_POOL or resources.num_gpus or device == "cpu":
-            return resources
-        num_gpus = ray.cluster_resources().get("GPU", 0.0)
-        share = min(1.0, math.floor(100 * num_gpus / self._deployment.num_workers) / 100)
-        return resources.model_copy(update={"num_gpus": share})
-
-    def _num_neighbours(self) -> int:
-        num_nodes = 1 if self._deployment.is_local else len([n for n in ray.nodes() if n["Alive"]])
-        return max(1, math.ceil(self._deployment.num_workers / num_nodes))
 
 
 class RayProcess:
@@ -138,6 +112,9 @@ class RayProcess:
 
     async def arm(self, fault: FaultConfig) -> None:
         await self._ask(self._actor.arm, fault)
+
+    async def drain(self, deadline_s: float) -> None:
+        await self._ask(self._actor.drain, deadline_s)
 
     async def set_members(self, members: Members) -> None:
         await self._ask(self._actor.set_members, members)
@@ -187,6 +164,47 @@ def ray_resources(wanted: ResourcesConfig) -> dict[str, float]:
     """By Ray's own names; what is zero left out."""
     named = {"CPU": wanted.num_cpus, "GPU": wanted.num_gpus, "memory": float(wanted.memory), **wanted.custom}
     return {name: amount for name, amount in named.items() if amount}
+
+
+def _system_prefix(system: str) -> str:
+    return f"pdserve/{system}/"
+
+
+def _prefix(spec: ProcessSpec, deployment: Deployment) -> str:
+    return f"{_system_prefix(deployment.config.name)}{spec.id}/"
+
+
+def _options(spec: ProcessSpec, deployment: Deployment, resources: ResourcesConfig) -> dict[str, Any]:
+    env = deployment.env(spec)
+    return {
+        # A dead actor's name is not free at once, so no two have the same.
+        "name": _prefix(spec, deployment) + secrets.token_hex(4),
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "max_restarts": 0,
+        "num_cpus": resources.num_cpus,
+        "num_gpus": resources.num_gpus,
+        "memory": resources.memory or None,
+        "resources": dict(resources.custom) or None,
+        "runtime_env": {"env_vars": env} if env else None,
+    }
+
+
+def _resources(spec: ProcessSpec, deployment: Deployment) -> ResourcesConfig:
+    """As configured. On a local Ray the workers share the GPUs that are there, because Ray hides GPUs from
+    whoever asks for none."""
+    resources = deployment.resources(spec)
+    device = deployment.config.model.device
+    if not deployment.is_local or spec.pool == ROUTER_POOL or resources.num_gpus or device == "cpu":
+        return resources
+    num_gpus = ray.cluster_resources().get("GPU", 0.0)
+    share = min(1.0, math.floor(100 * num_gpus / deployment.num_workers) / 100)
+    return resources.model_copy(update={"num_gpus": share})
+
+
+def _num_neighbours(deployment: Deployment) -> int:
+    num_nodes = 1 if deployment.is_local else len([n for n in ray.nodes() if n["Alive"]])
+    return max(1, math.ceil(deployment.num_workers / num_nodes))
 
 
 def _actor_names(prefix: str) -> list[str]:

@@ -1,4 +1,5 @@
-"""The command line: pdserve up | down | status | top | admin | check | fault | generate | bench."""
+"""The command line: pdserve up | down | status | top | admin | check | generate | bench, and those of
+`operations_cli`."""
 
 import argparse
 import asyncio
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pdserve
+from controller.operations_cli import add_operations
 from controller.simulate_cli import add_simulate
 from controller.terminal import complain
 from pdserve.config import load_config
@@ -28,6 +30,8 @@ examples:
   pdserve top                                    workers, load and latency, live
   pdserve admin                                  the live page's URL, with its token
   pdserve check
+  pdserve scale prefill=3 decode=5               larger or smaller pools, no request is lost
+  pdserve drain decode-1                         empty one worker and replace it
   pdserve bench --rate 4 --count 200
   pdserve simulate --trace trace.jsonl           placement policies on recorded load, in virtual time
   pdserve down
@@ -66,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_top(commands)
     _add_admin(commands)
     _add_check(commands)
-    _add_fault(commands)
+    add_operations(commands, _command)
     _add_generate(commands)
     _add_bench(commands)
     add_simulate(commands)
@@ -177,28 +181,6 @@ def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--address", help="of the Ray cluster, for a system that was started on another machine"
     )
     check.set_defaults(run=_check)
-
-
-def _add_fault(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    examples = (
-        "  pdserve fault decode-0 'sent Reserved' kill\n  pdserve fault prefill step hang --nth 3\n"
-        "  pdserve fault decode-1 now freeze --seconds 8\n"
-    )
-    fault = _command(
-        commands, "fault", "let processes of a system that allows faults suffer one, to rehearse", examples
-    )
-    fault.add_argument("process", help="such as decode-0, or a pool for each of its processes")
-    fault.add_argument("at", metavar="event", help="now, step, 'sent MESSAGE' or 'received MESSAGE'")
-    fault.add_argument("do", metavar="action", help="what happens then (see docs/game-days.md)")
-    fault.add_argument("--nth", metavar="N", type=int, help="the event's number from now on (default 1)")
-    fault.add_argument("--count", metavar="N", type=int, help="at how many in a row (default 1)")
-    fault.add_argument("--seconds", metavar="S", type=float, help="how long it lasts")
-    fault.add_argument("--stream", help="only messages of this kind of stream")
-    fault.add_argument("--token", metavar="T", type=int, help="only steps that compute this token")
-    fault.add_argument(
-        "--address", help="of the Ray cluster, for a system that was started on another machine"
-    )
-    fault.set_defaults(run=_fault)
 
 
 def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -389,16 +371,6 @@ def _check(options: argparse.Namespace) -> int:
     from controller.commands import check_integrity
 
     return asyncio.run(check_integrity(options.name or "default", options.address, options.json))
-
-
-def _fault(options: argparse.Namespace) -> int:
-    from controller.commands import arm_fault
-
-    keys = ("process", "at", "do", "nth", "count", "seconds", "stream", "token")
-    given = {key: value for key in keys if (value := getattr(options, key)) is not None}
-    (fault,) = load_config(None, {"faults": [given]}).faults
-    asyncio.run(arm_fault(options.name or "default", options.address, fault))
-    return 0
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -39,7 +39,7 @@ async def end_system(name: str, address: str | None) -> None:
 
 async def show_status(name: str, address: str | None, as_json: bool) -> int:
     """Print the status; the exit code is 0 when the system is ready. Raises NotFound."""
-    async with _running_controller(name, address) as controller:
+    async with running_controller(name, address) as controller:
         status = await controller.status()
     say(json.dumps(status.as_json(), indent=2) if as_json else table(status))
     return 0 if status.state is SystemState.READY else 1
@@ -47,7 +47,7 @@ async def show_status(name: str, address: str | None, as_json: bool) -> int:
 
 async def find_admin(name: str, address: str | None) -> AdminAccess:
     """How to reach the routers' admin servers. Raises NotFound."""
-    async with _running_controller(name, address) as controller:
+    async with running_controller(name, address) as controller:
         return await controller.admin_access()
 
 
@@ -69,7 +69,7 @@ async def show_admin(name: str, address: str | None) -> None:
 async def check_integrity(name: str, address: str | None, as_json: bool) -> int:
     """Print what every process finds when it checks its own books; the exit code is 0 when all answered and
     all is well. Raises NotFound."""
-    async with _running_controller(name, address) as controller:
+    async with running_controller(name, address) as controller:
         answers = await controller.check_integrity()
     if as_json:
         say(json.dumps({"name": name, "processes": [answer.as_json() for answer in answers]}, indent=2))
@@ -80,9 +80,23 @@ async def check_integrity(name: str, address: str | None, as_json: bool) -> int:
 
 async def arm_fault(name: str, address: str | None, fault: FaultConfig) -> None:
     """Let processes of a running system suffer `fault`. Raises ConfigError or NotFound."""
-    async with _running_controller(name, address) as controller:
+    async with running_controller(name, address) as controller:
         armed = await controller.arm(fault)
     say(f"{fault.do} at {fault.at}: {', '.join(armed)}")
+
+
+@contextlib.asynccontextmanager
+async def running_controller(name: str, address: str | None) -> AsyncIterator["RemoteController"]:
+    """Of the system that runs here, or of the one on the cluster at `address`."""
+    auth_mode = ""
+    if address is None:
+        system = running.require(name)
+        address, auth_mode = system.ray_address, system.ray_auth_mode
+        if not address:
+            raise Unavailable(f"{name} is just starting: its Ray is not up yet, try again in a few seconds")
+        await _require_head(system)
+    async with _controller(name, address, auth_mode) as controller:
+        yield controller
 
 
 def url_of(name: str) -> str:
@@ -105,20 +119,6 @@ def _end_launcher(system: running.RunningSystem) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive)
-
-
-@contextlib.asynccontextmanager
-async def _running_controller(name: str, address: str | None) -> AsyncIterator["RemoteController"]:
-    """Of the system that runs here, or of the one on the cluster at `address`."""
-    auth_mode = ""
-    if address is None:
-        system = running.require(name)
-        address, auth_mode = system.ray_address, system.ray_auth_mode
-        if not address:
-            raise Unavailable(f"{name} is just starting: its Ray is not up yet, try again in a few seconds")
-        await _require_head(system)
-    async with _controller(name, address, auth_mode) as controller:
-        yield controller
 
 
 async def _require_head(system: running.RunningSystem) -> None:

@@ -6,18 +6,19 @@ Knows Ray only as `pools.Processes`.
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Protocol
 
 from controller.integrity import ProcessIntegrity
 from controller.plan import Deployment
 from controller.pools import ProcessEnded, Processes, Slot
+from controller.slots import Slots
 from controller.status import ROUTER_POOL, ProcessState, ProcessStatus, SystemState, SystemStatus
 from pdserve.config import FaultConfig
-from pdserve.contract.errors import ConfigError, NotFound
-from pdserve.contract.messages import Member, Members
+from pdserve.contract.errors import ConfigError, NotFound, Unavailable
+from pdserve.contract.messages import Member, Members, WorkerState
 from pdserve.contract.ports import Clock
-from pdserve.tasks import cancel_and_wait
 
 REPORT_TIMEOUT_S = 2.0
 """How long status waits for a process that does not answer."""
@@ -25,19 +26,27 @@ MAX_NEWS = 1000
 """Changes that are kept for followers; a launcher looks after every one."""
 
 
+class DeploymentStore(Protocol):
+    """Where the controller that comes after this one finds what is wanted."""
+
+    async def keep(self, deployment: Deployment) -> None: ...
+    async def forget(self) -> None: ...
+
+
 class Controller:
-    """The slots of one deployment, and the membership that follows from them."""
+    """The slots of one system, and the membership that follows from them."""
 
     def __init__(
         self,
         deployment: Deployment,
         processes: Processes,
         clock: Clock,
+        store: DeploymentStore,
         tell: Callable[[SystemStatus], None] = lambda _: None,
     ) -> None:
-        """`tell` hears of every change."""
+        """`deployment` is what was wanted last; `tell` hears of every change."""
         self._tell = tell
-        self._deployment = deployment
+        self._store = store
         self._version = 0
         self._was_ready = False
         self._is_stopped = False
@@ -48,16 +57,17 @@ class Controller:
         self._members = Members(-1, ())
         self._told: dict[str, int] = {}  # router id -> epoch that it was sent last
         self._connected: dict[str, int] = {}  # router id -> epoch in which it reaches all workers
-        timeout_s = deployment.config.ray.placement_timeout_s
-        self._slots = {
-            spec.id: Slot(spec, processes, clock, timeout_s, self._on_change) for spec in deployment.specs()
-        }
-        self._keeping = [asyncio.create_task(slot.run()) for slot in self._slots.values()]
-        self._pushing: set[asyncio.Task[None]] = set()
+        self._slots = Slots(deployment, processes, clock, self._on_change)
+
+    @property
+    def _deployment(self) -> Deployment:
+        return self._slots.deployment
 
     def tell(self, process_id: str, message: str) -> None:
         """What a process does while it starts."""
-        self._slots[process_id].tell(message)
+        slot = self._slots.find(process_id)
+        if slot is not None:
+            slot.tell(message)
 
     def note_head(self, is_there: bool) -> None:
         """Whether Ray's head is there; without it nobody is replaced."""
@@ -76,12 +86,40 @@ class Controller:
         """The status with fresh reports of all processes that answer."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REPORT_TIMEOUT_S):
-                await asyncio.gather(*[slot.refresh() for slot in self._slots.values()])
+                await asyncio.gather(*[slot.refresh() for slot in self._slots])
         return self._status()
 
     async def check_integrity(self) -> tuple[ProcessIntegrity, ...]:
         """Let every process check its own books; who does not answer in time has no report."""
-        return tuple(await asyncio.gather(*[self._inspect(slot) for slot in self._slots.values()]))
+        return tuple(await asyncio.gather(*[self._inspect(slot) for slot in self._slots]))
+
+    async def scale(self, sizes: Mapping[str, int], deadline_s: float | None) -> SystemStatus:
+        """Let pools have other numbers of workers, by the configuration's names. Who is too many leaves in
+        `deadline_s` (None: as configured). Returns before all that is done. Raises ConfigError."""
+        await self._want(self._deployment.resized(sizes), deadline_s)
+        return self._status()
+
+    async def drain(self, worker_id: str, deadline_s: float | None) -> int:
+        """Let a worker leave; another takes its place, unless its pool is to be smaller. Returns the id of
+        the process that leaves, before it has left. Raises NotFound or Unavailable."""
+        slot = self._slots.find(worker_id)
+        if slot is None or slot.spec.pool == ROUTER_POOL:
+            known = ", ".join(slot.spec.id for slot in self._slots.workers)
+            raise NotFound(f"there is no worker {worker_id!r}: there are {known}")
+        if slot.state not in (ProcessState.READY, ProcessState.DRAINING) or slot.last_report is None:
+            raise Unavailable(f"{worker_id} is {slot.state.value}, so there is nothing to drain")
+        pid = slot.last_report.pid
+        self._slots.drain(slot, self._deadline_s(deadline_s))
+        return pid
+
+    def _deadline_s(self, wanted_s: float | None) -> float:
+        return self._deployment.config.pools.drain_deadline_s if wanted_s is None else wanted_s
+
+    async def _want(self, deployment: Deployment, deadline_s: float | None) -> None:
+        if deployment != self._deployment:
+            await self._store.keep(deployment)
+        self._slots.want(deployment, self._deadline_s(deadline_s))
+        self._on_change()
 
     async def arm(self, fault: FaultConfig) -> tuple[str, ...]:
         """Let the processes that `fault` names suffer it; which those are. Raises ConfigError or NotFound."""
@@ -93,26 +131,21 @@ class Controller:
                 "configuration",
                 param="in_replacements",
             )
-        slots = [slot for slot in self._slots.values() if fault.is_for(slot.spec.id)]
+        slots = [slot for slot in self._slots if fault.is_for(slot.spec.id)]
         ready = [slot for slot in slots if slot.state is ProcessState.READY]
         if not ready:
-            known = ", ".join(self._slots)
+            known = ", ".join(slot.spec.id for slot in self._slots)
             raise NotFound(f"no process {fault.process!r} is ready to suffer a fault; there are {known}")
-        arming = [asyncio.create_task(_arm(slot, fault)) for slot in ready]
-        if fault.at == "now":  # it may take the process' answer with it
-            self._pushing.update(arming)
-            for task in arming:
-                task.add_done_callback(self._pushing.discard)
-        else:
+        arming = [self._slots.run_errand(_arm(slot, fault)) for slot in ready]
+        if fault.at != "now":  # that may take the process' answer with it
             await asyncio.gather(*arming)
         return tuple(slot.spec.id for slot in ready)
 
     async def shut_down(self) -> None:
         """End all processes: first the routers, then the workers."""
         self._is_stopped = True
-        await cancel_and_wait(*self._keeping, *self._pushing)
-        await asyncio.gather(*[slot.stop() for slot in self._routers])
-        await asyncio.gather(*[slot.stop() for slot in self._workers])
+        await self._slots.close()
+        await self._store.forget()
 
     @staticmethod
     async def _inspect(slot: Slot) -> ProcessIntegrity:
@@ -122,27 +155,20 @@ class Controller:
         except TimeoutError:
             return ProcessIntegrity(slot.spec.id, "silent", None)
 
-    @property
-    def _routers(self) -> list[Slot]:
-        return [slot for slot in self._slots.values() if slot.spec.pool == ROUTER_POOL]
-
-    @property
-    def _workers(self) -> list[Slot]:
-        return [slot for slot in self._slots.values() if slot.spec.pool != ROUTER_POOL]
-
     def _on_change(self) -> None:
+        self._version += 1
+        self._note_news()
         if not self._is_stopped:
+            self._slots.advance()
             self._update_members()
             self._tell_routers()
         self._was_ready = self._was_ready or self._is_ready()
-        self._version += 1
-        self._note_news()
         self._tell(self._status())
         self._changed.set()
         self._changed = asyncio.Event()
 
     def _note_news(self) -> None:
-        for process in (slot.status for slot in self._slots.values()):
+        for process in (slot.status for slot in self._slots):
             if self._noted.get(process.id) != (process.state, process.message):
                 self._noted[process.id] = (process.state, process.message)
                 self._news.append((self._version, process))
@@ -150,24 +176,22 @@ class Controller:
     def _update_members(self) -> None:
         """Take over who is ready. Nobody is let go before it is known who lives, so a controller that was
         restarted takes no worker away from the routers."""
-        if not all(slot.is_settled for slot in self._slots.values()):
+        if not all(slot.is_settled for slot in self._slots):
             return
-        members = tuple(member for slot in self._workers if (member := _member(slot)) is not None)
-        seen = max((slot.last_report.epoch for slot in self._routers if slot.last_report), default=-1)
+        members = tuple(member for slot in self._slots.workers if (member := _member(slot)) is not None)
+        seen = max((slot.last_report.epoch for slot in self._slots.routers if slot.last_report), default=-1)
         if members != self._members.members or seen > self._members.epoch:
             self._members = Members(max(seen, self._members.epoch) + 1, members)
 
     def _tell_routers(self) -> None:
         """Send the membership to every router that does not have it yet."""
-        for slot in self._routers:
+        for slot in self._slots.routers:
             if slot.state is not ProcessState.READY:
                 self._told.pop(slot.spec.id, None)
                 self._connected.pop(slot.spec.id, None)
             elif self._told.get(slot.spec.id, -1) < self._members.epoch:
                 self._told[slot.spec.id] = self._members.epoch
-                task = asyncio.create_task(self._push(slot, self._members))
-                self._pushing.add(task)
-                task.add_done_callback(self._pushing.discard)
+                self._slots.run_errand(self._push(slot, self._members))
 
     async def _push(self, slot: Slot, members: Members) -> None:
         if slot.process is not None:
@@ -177,9 +201,9 @@ class Controller:
                 self._on_change()
 
     def _is_ready(self) -> bool:
-        alive = all(slot.state is ProcessState.READY for slot in self._slots.values())
+        alive = all(slot.state is ProcessState.READY for slot in self._slots)
         epoch = self._members.epoch
-        return alive and all(self._connected.get(slot.spec.id) == epoch for slot in self._routers)
+        return alive and all(self._connected.get(slot.spec.id) == epoch for slot in self._slots.routers)
 
     def _status(self) -> SystemStatus:
         return SystemStatus(
@@ -187,7 +211,8 @@ class Controller:
             self._deployment.config.name,
             self._state(),
             self._deployment.model.served_name,
-            tuple(slot.status for slot in self._slots.values()),
+            tuple(slot.status for slot in self._slots),
+            self._slots.pools,
             has_head=self._has_head,
         )
 
@@ -198,7 +223,7 @@ class Controller:
             return SystemState.READY
         if self._was_ready:
             return SystemState.DEGRADED
-        failed = any(slot.state is ProcessState.FAILED for slot in self._slots.values())
+        failed = any(slot.state is ProcessState.FAILED for slot in self._slots)
         return SystemState.FAILED if failed else SystemState.STARTING
 
 
@@ -209,7 +234,8 @@ async def _arm(slot: Slot, fault: FaultConfig) -> None:
 
 
 def _member(slot: Slot) -> Member | None:
-    """What the routers are told of a worker, once it is ready."""
-    if slot.state is not ProcessState.READY or slot.last_report is None:
-        return None
-    return slot.last_report.member
+    """What the routers are told of a worker, from when it is ready until it has ended."""
+    member = None if slot.last_report is None else slot.last_report.member
+    if member is not None and slot.state is ProcessState.DRAINING:
+        return replace(member, state=WorkerState.DRAINING)
+    return member if slot.state is ProcessState.READY else None

@@ -15,6 +15,7 @@ from controller.controller import Controller
 from controller.discovery import DiscoveryPage
 from controller.head import HeadWatch
 from controller.integrity import ProcessIntegrity
+from controller.kept_deployment import KeptDeployment
 from controller.plan import Deployment
 from controller.status import SystemStatus
 from pdserve.clock import LoopClock
@@ -34,8 +35,9 @@ class ControllerActor:
         self._page = DiscoveryPage(deployment)
         self._page.serve()
         head = HeadWatch(context.gcs_address, self._note_head)
-        processes = RayProcesses(deployment, context.current_actor, head)
-        self._controller = Controller(deployment, processes, LoopClock(), self._page.update)
+        processes = RayProcesses(context.current_actor, head)
+        kept = KeptDeployment(deployment)
+        self._controller = Controller(kept.recall(), processes, LoopClock(), kept, self._page.update)
         self._watching = asyncio.create_task(head.run())
 
     async def tell(self, process_id: str, message: str) -> None:
@@ -53,6 +55,20 @@ class ControllerActor:
 
     async def check_integrity(self) -> tuple[ProcessIntegrity, ...]:
         return await self._controller.check_integrity()
+
+    async def scale(self, sizes: dict[str, int], deadline_s: float | None) -> SystemStatus | ErrorInfo:
+        """The status from which on to follow it, or why it cannot be."""
+        try:
+            return await self._controller.scale(sizes, deadline_s)
+        except PdserveError as error:
+            return error.info
+
+    async def drain(self, worker_id: str, deadline_s: float | None) -> int | ErrorInfo:
+        """The id of the process that leaves, or why none does."""
+        try:
+            return await self._controller.drain(worker_id, deadline_s)
+        except PdserveError as error:
+            return error.info
 
     async def arm(self, fault: FaultConfig) -> tuple[str, ...] | ErrorInfo:
         """The processes that will suffer it, or why none can."""

@@ -61,16 +61,10 @@ class DiscoveryPage:
         """The system has changed."""
         groups = [*_groups(status), _group(self._address, status.name, "controller")]
         self._content = json.dumps([group for group in groups if group["targets"] != [""]]).encode()
-        for pool in self._pools():
-            self._metrics.set_pool(pool, self._num_desired(pool), _count_states(status, pool))
+        for pool in status.pools:
+            self._metrics.set_pool(pool.name, pool.desired, pool.ready, _count_states(status, pool.name))
         self._metrics.set_head_up(status.has_head)
         self._metrics.set_restarts(sum(process.num_restarts for process in status.processes))
-
-    def _pools(self) -> list[str]:
-        return list(dict.fromkeys(spec.pool for spec in self._deployment.specs()))
-
-    def _num_desired(self, pool: str) -> int:
-        return sum(spec.pool == pool for spec in self._deployment.specs())
 
     def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if environ.get("PATH_INFO") == _METRICS_PATH:

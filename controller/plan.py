@@ -1,11 +1,20 @@
 """What each process is told when it is created. Travels from the controller to its actor."""
 
-from dataclasses import dataclass, field
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from controller.status import ROUTER_POOL, ProcessReport, ProcessSpec
 from pdserve.config import DeployConfig, PoolConfig, ResourcesConfig
+from pdserve.contract.errors import ConfigError
 from pdserve.contract.messages import Role
 from pdserve.rpc.credentials import AdminToken, Credentials, DeploymentToken, TlsIdentity
+
+_STAYS_SPLIT = (
+    "prefill=0 would let decode workers compute all prompts: keep one, or start with --prefill 0 for unsplit "
+    "workers"
+)
+_STAYS_UNSPLIT = "the workers of this system are unsplit: scale decode, or start anew with --prefill to split"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +40,10 @@ class Deployment:
     and worker that it creates."""
     admin_token: AdminToken = field(default_factory=AdminToken.draw)
     """As above, for the routers' admin servers."""
+    start_id: str = field(default_factory=lambda: secrets.token_hex(8))
+    """As above; tells this start of a system from another one of the same name."""
+    generation: int = 0
+    """Counts rollouts. A worker of an earlier generation is to be replaced."""
 
     @property
     def is_local(self) -> bool:
@@ -41,11 +54,40 @@ class Deployment:
     def num_workers(self) -> int:
         return self.config.pools.prefill.replicas + self.config.pools.decode.replicas
 
+    @property
+    def pool_names(self) -> list[str]:
+        """Routers first: they start fastest."""
+        return [ROUTER_POOL, *(role.value for role in self._roles())]
+
+    def num_wanted(self, pool: str) -> int:
+        """Processes that the pool is to have."""
+        return self.config.router.replicas if pool == ROUTER_POOL else self.pool(pool).replicas
+
     def specs(self) -> list[ProcessSpec]:
-        """All processes that are wanted, routers first: they start fastest."""
-        pools = [(ROUTER_POOL, self.config.router.replicas)]
-        pools += [(role.value, self.pool(role.value).replicas) for role in self._roles()]
-        return [ProcessSpec(f"{pool}-{i}", pool, i) for pool, count in pools for i in range(count)]
+        """All processes that are wanted, in the order of the pools."""
+        return [
+            ProcessSpec(f"{pool}-{i}", pool, i)
+            for pool in self.pool_names
+            for i in range(self.num_wanted(pool))
+        ]
+
+    def resized(self, sizes: Mapping[str, int]) -> "Deployment":
+        """With other numbers of workers; `sizes` has them by pool, ``prefill`` and ``decode`` as in the
+        configuration. Raises ConfigError where there can be no such system."""
+        pools = self.config.pools
+        for name, size in sizes.items():
+            if name not in ("prefill", "decode"):
+                raise ConfigError(f"there is no pool {name!r} of workers: scale prefill or decode")
+            if name == "prefill" and (size > 0) is not self.config.is_split:
+                raise ConfigError(_STAYS_UNSPLIT if size else _STAYS_SPLIT, param="pools.prefill.replicas")
+            if size < 0 or (name == "decode" and size == 0):
+                raise ConfigError(
+                    f"{name}={size}: somebody has to generate tokens",
+                    param=f"pools.{name}.replicas",
+                )
+            pool = getattr(pools, name).model_copy(update={"replicas": size})
+            pools = pools.model_copy(update={name: pool})
+        return replace(self, config=self.config.model_copy(update={"pools": pools}))
 
     def pool(self, name: str) -> PoolConfig:
         """Of a worker's role."""

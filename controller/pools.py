@@ -1,7 +1,8 @@
 """Keeping processes alive: one slot per wanted router or worker. Knows no Ray; effects go through `Process`.
 
 pending -> starting -> ready -> lost -> pending ...
-              |                  +----> failed   (dies again and again)
+              |          |       +----> failed   (dies again and again)
+              |          +----> draining -> pending ..., or stopped where the slot is not wanted any more
               +----> failed              (cannot be started: bad model, no node for it)
 """
 
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from controller.integrity import IntegrityReport, ProcessIntegrity
+from controller.plan import Deployment
 from controller.status import ProcessReport, ProcessSpec, ProcessState, ProcessStatus
 from pdserve.config import FaultConfig
-from pdserve.contract.messages import Members
+from pdserve.contract.messages import Members, WorkerState
 from pdserve.contract.ports import Clock
 
 log = logging.getLogger(__name__)
@@ -69,6 +71,11 @@ class Process(Protocol):
         """Let it suffer `fault`, where faults are allowed. Raises ProcessEnded, as when the fault is that."""
         ...
 
+    async def drain(self, deadline_s: float) -> None:
+        """Workers: take no new work, and end when what runs is finished or, at the deadline, given back. Of
+        several deadlines the earliest counts. Raises ProcessEnded."""
+        ...
+
     async def set_members(self, members: Members) -> None:
         """Routers: returns once it is connected to all of them. Raises ProcessEnded."""
         ...
@@ -85,13 +92,17 @@ class Process(Protocol):
 class Processes(Protocol):
     """Makes processes, and finds those that an earlier controller made."""
 
-    def find(self, spec: ProcessSpec) -> Process | None: ...
+    def find(self, spec: ProcessSpec, deployment: Deployment) -> Process | None: ...
+
+    def left_behind(self, deployment: Deployment) -> list[ProcessSpec]:
+        """Whoever an earlier controller has left."""
+        ...
 
     async def until_able(self) -> None:
         """Returns when `create` can do its work: at once, but not while Ray's head is away."""
         ...
 
-    def create(self, spec: ProcessSpec, previous: ProcessReport | None) -> Process:
+    def create(self, spec: ProcessSpec, deployment: Deployment, previous: ProcessReport | None) -> Process:
         """`previous` is the last report of the process that it replaces."""
         ...
 
@@ -120,18 +131,24 @@ class DeathRecord:
         return f"it died {self.num_deaths} times in a row, {when}"
 
 
+_LIVING = (ProcessState.STARTING, ProcessState.READY, ProcessState.DRAINING)
+
+
 class Slot:
     """One place in a pool. `run` keeps a process in it; `changed` is called after every change."""
 
     def __init__(
         self,
         spec: ProcessSpec,
+        deployment: Callable[[], Deployment],
         processes: Processes,
         clock: Clock,
-        placement_timeout_s: float,
         changed: Callable[[], None],
     ) -> None:
+        """`deployment` is what a process that is created now is made by."""
         self.spec = spec
+        self.is_wanted = True
+        """Whoever leaves is replaced."""
         self.state = ProcessState.PENDING
         self.process: Process | None = None
         self.last_report: ProcessReport | None = None
@@ -142,7 +159,7 @@ class Slot:
         self._message = ""
         self._processes = processes
         self._clock = clock
-        self._placement_timeout_s = placement_timeout_s
+        self._deployment = deployment
         self._changed = changed
         self._deaths = DeathRecord()
         self._ready_at: float | None = None
@@ -153,9 +170,9 @@ class Slot:
             self.spec.id, self.spec.pool, self.state, self._message, self.num_restarts, self.last_report
         )
 
-    async def run(self) -> None:
-        """Until cancelled, or until starting it once more makes no sense."""
-        process = self._processes.find(self.spec)
+    async def run(self, process: Process | None) -> None:
+        """Until cancelled, until starting it once more makes no sense, or until the process has left and no
+        other is wanted. `process` is what an earlier controller has left here."""
         self.is_settled = process is None
         self._changed()
         while True:
@@ -167,19 +184,39 @@ class Slot:
                 reason = str(error)  # it could be started once, so what is in its way now may pass
             except ProcessEnded as error:
                 reason = str(error)
-            if not await self._pause(reason):
-                return None
             process = None
-            self.num_restarts += 1
+            if self.state is ProcessState.DRAINING:
+                self._note_leave()
+                if not self.is_wanted:
+                    return self._set(ProcessState.STOPPED)
+            elif not await self._pause(reason):
+                return None
+            else:
+                self.num_restarts += 1
 
     def tell(self, message: str) -> None:
         """What the process does at the moment, for whoever watches it start."""
         if self.state is ProcessState.STARTING:
             self._set(self.state, message)
 
+    def forgive(self) -> None:
+        """Forget the deaths for which it was given up; `run` may be called again."""
+        self._deaths = DeathRecord()
+        self._set(ProcessState.PENDING)
+
+    async def drain(self, deadline_s: float) -> None:
+        """Let the process leave in good order. Returns when it has heard of it."""
+        process = self.process
+        if process is None or self.state not in (ProcessState.READY, ProcessState.DRAINING):
+            return
+        if self.state is ProcessState.READY:
+            self._set(ProcessState.DRAINING)
+        with contextlib.suppress(ProcessEnded):  # `run` hears of it too
+            await process.drain(deadline_s)
+
     async def refresh(self) -> None:
         """Ask the process for its report."""
-        if self.process is not None and self.state in (ProcessState.STARTING, ProcessState.READY):
+        if self.process is not None and self.state in _LIVING:
             try:
                 self.last_report = await self.process.report()
             except ProcessEnded:
@@ -188,7 +225,7 @@ class Slot:
     async def inspect(self) -> ProcessIntegrity:
         """Let the process check its own books."""
         report = None
-        if self.process is not None and self.state in (ProcessState.STARTING, ProcessState.READY):
+        if self.process is not None and self.state in _LIVING:
             with contextlib.suppress(ProcessEnded):
                 report = await self.process.inspect()
         return ProcessIntegrity(self.spec.id, self.state.value, report)
@@ -203,7 +240,7 @@ class Slot:
 
     async def _create(self) -> Process:
         await self._processes.until_able()
-        return self._processes.create(self.spec, self.previous)
+        return self._processes.create(self.spec, self._deployment(), self.previous)
 
     async def _live(self, process: Process) -> None:
         """One process from its creation to its end."""
@@ -215,7 +252,7 @@ class Slot:
             self.last_report = await process.start()
             self.is_settled = True
             self._ready_at = self._clock.now()
-            self._set(ProcessState.READY)
+            self._set(ProcessState.DRAINING if _is_draining(self.last_report) else ProcessState.READY)
             raise ProcessEnded(await process.ended())
         except (ProcessEnded, StartRefused):
             process.kill()
@@ -227,15 +264,21 @@ class Slot:
     async def _place(self, process: Process) -> None:
         placing = asyncio.create_task(process.placed())
         try:
-            await asyncio.wait({placing}, timeout=self._placement_timeout_s)
+            await asyncio.wait({placing}, timeout=self._deployment().config.ray.placement_timeout_s)
             missing = "" if placing.done() else process.shortage()
-            if missing and self.num_restarts == 0:
+            if missing and self.num_restarts == 0 and not self._deaths.has_served:
                 raise StartRefused(missing)
             if missing:  # it ran before, so the cluster has lost a node and may get another
                 self._set(ProcessState.PENDING, missing)
             await placing
         finally:
             placing.cancel()
+
+    def _note_leave(self) -> None:
+        """No death. What comes next is as sure to start, unless it is made by another configuration."""
+        self._ready_at = None
+        was_same = self.previous is not None and self.previous.generation == self._deployment().generation
+        self._deaths = DeathRecord(has_served=was_same)
 
     async def _pause(self, reason: str) -> bool:
         """Wait before the next start; False when there is to be none."""
@@ -253,3 +296,8 @@ class Slot:
     def _set(self, state: ProcessState, message: str = "") -> None:
         self.state, self._message = state, message
         self._changed()
+
+
+def _is_draining(report: ProcessReport) -> bool:
+    """A process that an earlier controller has told to leave."""
+    return report.member is not None and report.member.state is WorkerState.DRAINING

@@ -87,11 +87,21 @@ class RemoteController:
         assert isinstance(answers, tuple)
         return answers
 
+    async def scale(self, sizes: dict[str, int], deadline_s: float | None) -> SystemStatus:
+        """The status from which on to follow it. Raises the PdserveError that says why it cannot be."""
+        answer = _or_raise(await self._ask("scale", sizes, deadline_s))
+        assert isinstance(answer, SystemStatus)
+        return answer
+
+    async def drain(self, worker_id: str, deadline_s: float | None) -> int:
+        """The id of the process that leaves. Raises the PdserveError that says why none does."""
+        answer = _or_raise(await self._ask("drain", worker_id, deadline_s))
+        assert isinstance(answer, int)
+        return answer
+
     async def arm(self, fault: FaultConfig) -> tuple[str, ...]:
         """The processes that will suffer `fault`. Raises the PdserveError that says why none can."""
-        answer = await self._ask("arm", fault)
-        if isinstance(answer, ErrorInfo):
-            raise error_from_info(answer)
+        answer = _or_raise(await self._ask("arm", fault))
         assert isinstance(answer, tuple)
         return answer
 
@@ -136,6 +146,12 @@ class RemoteController:
                 raise Unavailable(f"the controller of {self._system!r} failed: {error}") from error
             else:
                 return answer
+
+
+def _or_raise(answer: object) -> object:
+    if isinstance(answer, ErrorInfo):
+        raise error_from_info(answer)
+    return answer
 
 
 def _why(error: RayActorError) -> str:

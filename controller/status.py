@@ -18,6 +18,8 @@ class ProcessState(StrEnum):
     STARTING = "starting"
     """Its process lives and loads."""
     READY = "ready"
+    DRAINING = "draining"
+    """A worker that takes no new work and ends when what it has is finished or given back."""
     LOST = "lost"
     """It died and will be started again."""
     FAILED = "failed"
@@ -46,6 +48,12 @@ class ProcessSpec:
     index: int
     """Of this process in its pool, from 0."""
 
+    @classmethod
+    def of(cls, process_id: str) -> "ProcessSpec":
+        """The one with that id."""
+        pool, _, index = process_id.rpartition("-")
+        return cls(process_id, pool, int(index))
+
 
 @dataclass(frozen=True, slots=True)
 class ProcessReport:
@@ -73,6 +81,8 @@ class ProcessReport:
     """Routers: under which name the model is served."""
     epoch: int = -1
     """Routers: of the membership that it uses."""
+    generation: int = 0
+    """Workers: of the deployment by which they were made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +123,16 @@ class ProcessStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolStatus:
+    """How many processes a pool is to have, and has."""
+
+    name: str
+    desired: int
+    ready: int
+    draining: int
+
+
+@dataclass(frozen=True, slots=True)
 class SystemStatus:
     """The whole system. `version` grows with every change."""
 
@@ -121,6 +141,7 @@ class SystemStatus:
     state: SystemState
     model: str
     processes: tuple[ProcessStatus, ...] = field(default=())
+    pools: tuple[PoolStatus, ...] = field(default=())
     targets_url: str = ""
     """Where Prometheus finds all processes (HTTP service discovery)."""
     has_head: bool = True
@@ -148,6 +169,7 @@ class SystemStatus:
             "state": self.state.value,
             "model": self.model,
             "targets_url": self.targets_url or None,
+            "pools": [asdict(pool) for pool in self.pools],
             "routers": [process.as_json() for process in self.routers],
             "workers": [process.as_json() for process in self.workers],
         }

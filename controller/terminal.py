@@ -155,7 +155,9 @@ def table(status: SystemStatus) -> str:
     notes = [f"{p.id}: {p.message}" for p in status.processes if p.message]
     head = f"{status.name}: {status.state.value}, serves {status.model}"
     found = [f"Prometheus finds all of them at {status.targets_url}"] if status.targets_url else []
-    return "\n".join([head, *aligned(rows, num_left=len(rows[0])), *_transports(status), *found, *notes])
+    return "\n".join(
+        [head, *_pools(status), *aligned(rows, num_left=len(rows[0])), *_transports(status), *found, *notes]
+    )
 
 
 def integrity_table(name: str, answers: Sequence[ProcessIntegrity]) -> str:
@@ -172,6 +174,16 @@ def _integrity(answer: ProcessIntegrity) -> list[str]:
     verdict = "; ".join(report.problems) or ", ".join(report.checked) or "nothing to check yet"
     lines = [f"{answer.id}: {'WRONG: ' if report.problems else 'ok: '}{verdict}"]
     return lines + [f"  {h.num_blocks} blocks {h.kind} for {h.owner}" for h in report.holders]
+
+
+def _pools(status: SystemStatus) -> list[str]:
+    """How many serve of how many that are wanted, where that differs."""
+    return [
+        f"{pool.name}: {pool.ready} of {pool.desired} are ready"
+        + (f", {pool.draining} more draining" if pool.draining else "")
+        for pool in status.pools
+        if pool.ready != pool.desired or pool.draining
+    ]
 
 
 def _transports(status: SystemStatus) -> list[str]:

@@ -79,6 +79,7 @@ class WorkerActor:
             kv_blocks=self._worker.block_counts() if self._worker else None,
             transports=tuple(self._worker.transports_in_use) if self._worker else (),
             member=replace(self._member, state=self._worker.state) if self._member and self._worker else None,
+            generation=self._plan.deployment.generation,
         )
 
     async def inspect(self) -> IntegrityReport:
@@ -89,6 +90,11 @@ class WorkerActor:
         """Only where faults are allowed."""
         assert self._faults is not None, "faults are not allowed here"
         self._faults.arm(fault)
+
+    async def drain(self, deadline_s: float) -> None:
+        """Take no new work, and end when what runs is finished or, at the deadline, given back."""
+        assert self._worker is not None, "the worker has not been started"
+        self._worker.drain(deadline_s)
 
     async def ended(self) -> str:
         """Returns when the worker is over, with the reason; only after `start`."""

@@ -115,6 +115,10 @@ class PoolsConfig(Section):
     """Workers that compute prompts."""
     decode: PoolConfig = Field(default_factory=PoolConfig)
     """Workers that generate; without a prefill pool they compute the prompts too."""
+    drain_deadline_s: PositiveSeconds = 30.0
+    """How long a worker that is to leave may go on with what it has, unless the command says otherwise; then
+    its requests are moved to other workers. Meanwhile requests that only it could take wait, so with a single
+    decode worker keep it well below `router.queue_timeout_s`."""
 
     @model_validator(mode="after")
     def _somebody_decodes(self) -> "PoolsConfig":

@@ -339,6 +339,9 @@ class ControllerMetrics:
             "pdserve_desired_workers", "Processes that the pool is to have.", ["pool"], registry=registry
         )
         self._actual = Gauge(
+            "pdserve_actual_workers", "Processes of the pool that serve.", ["pool"], registry=registry
+        )
+        self._by_state = Gauge(
             "pdserve_workers", "Processes of the pool, by state.", ["pool", "state"], registry=registry
         )
         self._restarts = Gauge(
@@ -356,13 +359,14 @@ class ControllerMetrics:
     def set_head_up(self, is_up: bool) -> None:
         self._head_up.set(is_up)
 
-    def set_pool(self, pool: str, num_desired: int, num_by_state: Mapping[str, int]) -> None:
+    def set_pool(self, pool: str, num_desired: int, num_ready: int, num_by_state: Mapping[str, int]) -> None:
         """`num_by_state` names the states that occur; a state that occurred before falls to 0."""
         self._desired.labels(pool).set(num_desired)
+        self._actual.labels(pool).set(num_ready)
         states = {state for known, state in self._known_states if known == pool} | set(num_by_state)
         for state in states:
             self._known_states.add((pool, state))
-            self._actual.labels(pool, state).set(num_by_state.get(state, 0))
+            self._by_state.labels(pool, state).set(num_by_state.get(state, 0))
 
     def set_restarts(self, count: int) -> None:
         self._restarts.set(count)

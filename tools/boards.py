@@ -112,6 +112,7 @@ def dashboards() -> tuple[Dashboard, ...]:
             "short",
             (
                 ("{{pool}} wanted", total("pdserve_desired_workers", "pool")),
+                ("{{pool}} serving", total("pdserve_actual_workers", "pool")),
                 ("{{pool}} {{state}}", total("pdserve_workers", "pool, state")),
             ),
             "What each pool is to have and what it has.",

@@ -91,7 +91,7 @@ def _router_metrics() -> Iterable[Metric]:
 
 def _controller_metrics() -> Iterable[Metric]:
     metrics = ControllerMetrics(CollectorRegistry())
-    metrics.set_pool("decode", 1, {"ready": 1})
+    metrics.set_pool("decode", 1, 1, {"ready": 1})
     metrics.set_head_up(True)
     return metrics.registry.collect()
 

@@ -6,7 +6,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from controller.commands import _running_controller
+from controller.commands import running_controller
 from pdserve.config import FaultConfig
 from pdserve.contract.errors import PdserveError
 
@@ -19,7 +19,7 @@ async def main() -> None:
     await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
     )
-    async with _running_controller("default", None) as controller:
+    async with running_controller("default", None) as controller:
         _say({"ready": True})
         while line := await reader.readline():
             try:

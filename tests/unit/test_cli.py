@@ -30,7 +30,9 @@ def overrides(*arguments: str) -> dict[str, object]:
     return cli._overrides(cli._parser().parse_args(["up", *arguments]))
 
 
-@pytest.mark.parametrize("command", [[], ["up"], ["down"], ["status"], ["check"], ["fault"], ["generate"]])
+@pytest.mark.parametrize(
+    "command", [[], ["up"], ["down"], ["status"], ["check"], ["fault"], ["scale"], ["generate"]]
+)
 def test_help_has_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         cli.main([*command, "--help"])

@@ -1,0 +1,70 @@
+"""`pdserve scale` and `pdserve drain`: what an operator asks of the pools, and the way there."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from controller.commands import running_controller
+from controller.status import ProcessState, ProcessStatus, SystemStatus
+from controller.terminal import Progress, say
+from pdserve.contract.errors import Unavailable
+
+if TYPE_CHECKING:
+    from controller.remote import RemoteController
+
+
+async def scale(name: str, address: str | None, sizes: Mapping[str, int], deadline_s: float | None) -> None:
+    """Returns when the pools have those sizes. Raises ConfigError, NotFound, or Unavailable when a worker
+    cannot be started."""
+    async with running_controller(name, address) as controller:
+        status = await controller.scale(dict(sizes), deadline_s)
+        status = await _follow(controller, status, have_their_size)
+    have = " and ".join(f"{pool.ready} {pool.name}" for pool in status.pools[1:])
+    say(f"{name} has {have} workers")
+
+
+async def drain(name: str, address: str | None, worker_id: str, deadline_s: float | None) -> None:
+    """Returns when the worker has left and, where one is wanted, another serves in its place. Raises
+    NotFound, or Unavailable when that cannot be started."""
+    async with running_controller(name, address) as controller:
+        pid = await controller.drain(worker_id, deadline_s)
+        status = await _follow(controller, await controller.status(), lambda s: has_left(s, worker_id, pid))
+    is_replaced = any(process.id == worker_id for process in status.processes)
+    say(f"{worker_id} was drained; " + ("another has taken its place" if is_replaced else "it is gone"))
+
+
+def have_their_size(status: SystemStatus) -> bool:
+    """Whether every pool of workers has what it is to have. Raises Unavailable when that cannot be."""
+    _require_hope(status.workers)
+    return all(
+        pool.ready == pool.desired == sum(process.pool == pool.name for process in status.workers)
+        for pool in status.pools[1:]
+    )
+
+
+def has_left(status: SystemStatus, worker_id: str, pid: int) -> bool:
+    """Whether process `pid` is gone and its place is filled, or gone too. Raises Unavailable when it cannot
+    be filled."""
+    there = [process for process in status.workers if process.id == worker_id]
+    _require_hope(there)
+    return all(
+        process.state is ProcessState.READY and process.report is not None and process.report.pid != pid
+        for process in there
+    )
+
+
+def _require_hope(processes: Sequence[ProcessStatus]) -> None:
+    """Raises Unavailable when one of them has been given up."""
+    for process in processes:
+        if process.state is ProcessState.FAILED:
+            raise Unavailable(f"{process.id} cannot be started: {process.message}")
+
+
+async def _follow(
+    controller: "RemoteController", status: SystemStatus, is_done: Callable[[SystemStatus], bool]
+) -> SystemStatus:
+    """Show what happens until it is done."""
+    progress = Progress()
+    while not is_done(status):
+        status = await controller.follow(status.version)
+        progress.show(status)
+    return status

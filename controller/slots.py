@@ -1,0 +1,131 @@
+"""The slots of a system, made to fit what is wanted of it: who is missing is started, who is too many leaves
+in good order. Knows no Ray."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+from controller.plan import Deployment
+from controller.pools import Process, Processes, Slot
+from controller.status import ROUTER_POOL, PoolStatus, ProcessSpec, ProcessState
+from pdserve.contract.ports import Clock
+from pdserve.tasks import cancel_and_wait
+
+
+class Slots:
+    """All slots of one system, each with the task that keeps a process in it."""
+
+    def __init__(
+        self, deployment: Deployment, processes: Processes, clock: Clock, changed: Callable[[], None]
+    ) -> None:
+        """`changed` is called after every change of a slot."""
+        self.deployment = deployment
+        self.drain_deadline_s = deployment.config.pools.drain_deadline_s
+        self._processes = processes
+        self._clock = clock
+        self._changed = changed
+        self._slots: dict[str, Slot] = {}
+        self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._errands: set[asyncio.Task[None]] = set()
+        wanted = deployment.specs()
+        for spec in wanted + [spec for spec in processes.left_behind(deployment) if spec not in wanted]:
+            self._add(spec, processes.find(spec, deployment))
+        self._note_who_is_wanted()
+
+    def __iter__(self) -> Iterator[Slot]:
+        """By pool, routers first, and by index."""
+        pools = self.deployment.pool_names
+        return iter(sorted(self._slots.values(), key=lambda s: (pools.index(s.spec.pool), s.spec.index)))
+
+    def __getitem__(self, process_id: str) -> Slot:
+        return self._slots[process_id]
+
+    def find(self, process_id: str) -> Slot | None:
+        return self._slots.get(process_id)
+
+    @property
+    def routers(self) -> list[Slot]:
+        return [slot for slot in self if slot.spec.pool == ROUTER_POOL]
+
+    @property
+    def workers(self) -> list[Slot]:
+        return [slot for slot in self if slot.spec.pool != ROUTER_POOL]
+
+    @property
+    def pools(self) -> tuple[PoolStatus, ...]:
+        return tuple(self._pool(name) for name in self.deployment.pool_names)
+
+    def want(self, deployment: Deployment, drain_deadline_s: float) -> None:
+        """Whoever is missing is started, whoever is too many is to leave within that time, and what was given
+        up is tried again."""
+        self.deployment, self.drain_deadline_s = deployment, drain_deadline_s
+        for spec in deployment.specs():
+            if spec.id not in self._slots:
+                self._add(spec, None)
+        self._note_who_is_wanted()
+        for slot in self:
+            if slot.state is ProcessState.DRAINING and not slot.is_wanted:
+                self.drain(slot)
+            elif slot.state is ProcessState.FAILED and slot.is_wanted:
+                slot.forgive()
+                self._keep(slot, None)
+
+    def advance(self) -> None:
+        """Empty the slots that are not wanted, each as soon as that can be. Called after every change."""
+        for slot in [slot for slot in self if not slot.is_wanted]:
+            if slot.state is ProcessState.READY:
+                self.drain(slot)
+            elif slot.state is ProcessState.STOPPED:
+                self._remove(slot)
+            elif slot.state is not ProcessState.DRAINING and slot.is_settled:
+                keeper = self._remove(slot)
+                self.run_errand(_abandon(slot, keeper))
+
+    def drain(self, slot: Slot, deadline_s: float | None = None) -> None:
+        """Begin to let the process of `slot` leave, by default within the deadline of the last `want`."""
+        self.run_errand(slot.drain(self.drain_deadline_s if deadline_s is None else deadline_s))
+
+    def run_errand(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Something that may take a while, and ends at the latest with `close`."""
+        task = asyncio.create_task(work)
+        self._errands.add(task)
+        task.add_done_callback(self._errands.discard)
+        return task
+
+    async def close(self) -> None:
+        """End all processes: first the routers, then the workers."""
+        await cancel_and_wait(*self._keepers.values(), *self._errands)
+        await asyncio.gather(*[slot.stop() for slot in self.routers])
+        await asyncio.gather(*[slot.stop() for slot in self.workers])
+
+    def _add(self, spec: ProcessSpec, found: Process | None) -> None:
+        slot = Slot(spec, lambda: self.deployment, self._processes, self._clock, self._changed)
+        self._slots[spec.id] = slot
+        self._keep(slot, found)
+
+    def _keep(self, slot: Slot, found: Process | None) -> None:
+        self._keepers[slot.spec.id] = asyncio.create_task(slot.run(found))
+
+    def _remove(self, slot: Slot) -> asyncio.Task[None]:
+        del self._slots[slot.spec.id]
+        return self._keepers.pop(slot.spec.id)
+
+    def _note_who_is_wanted(self) -> None:
+        wanted = self.deployment.specs()
+        for slot in self:
+            slot.is_wanted = slot.spec in wanted
+
+    def _pool(self, name: str) -> PoolStatus:
+        states = [slot.state for slot in self if slot.spec.pool == name]
+        return PoolStatus(
+            name,
+            self.deployment.num_wanted(name),
+            states.count(ProcessState.READY),
+            states.count(ProcessState.DRAINING),
+        )
+
+
+async def _abandon(slot: Slot, keeper: asyncio.Task[None]) -> None:
+    """End what serves nobody yet, or any more."""
+    await cancel_and_wait(keeper)
+    await slot.stop()
