@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pdserve
-from controller.operations_cli import add_operations
+from controller.operations_cli import add_operations, parse_setting
 from controller.simulate_cli import add_simulate
 from controller.terminal import complain
 from pdserve.config import load_config
@@ -32,6 +32,7 @@ examples:
   pdserve check
   pdserve scale prefill=3 decode=5               larger or smaller pools, no request is lost
   pdserve drain decode-1                         empty one worker and replace it
+  pdserve rollout serve.yaml                     another configuration, worker by worker
   pdserve bench --rate 4 --count 200
   pdserve simulate --trace trace.jsonl           placement policies on recorded load, in virtual time
   pdserve down
@@ -321,23 +322,7 @@ def _overrides(options: argparse.Namespace) -> dict[str, object]:
         "ray.address": options.address,
     }
     given = {key: value for key, value in keys.items() if value is not None}
-    return given | dict(map(_parse_setting, options.set))
-
-
-def _parse_setting(text: str) -> tuple[str, object]:
-    import yaml
-
-    from pdserve.contract.errors import ConfigError
-
-    key, is_pair, value = text.partition("=")
-    if not is_pair or not key:
-        raise ConfigError(f"--set {text!r} is not KEY=VALUE: write for example --set engine.kv_memory=512MiB")
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"--set {text!r}: the value is not valid YAML: {' '.join(str(error).split())}"
-        ) from error
+    return given | dict(map(parse_setting, options.set))
 
 
 def _down(options: argparse.Namespace) -> int:

@@ -11,11 +11,12 @@ from dataclasses import replace
 from typing import Protocol
 
 from controller.integrity import ProcessIntegrity
-from controller.plan import Deployment
+from controller.plan import Deployment, ModelSource
 from controller.pools import ProcessEnded, Processes, Slot
+from controller.rollout import rolled_out
 from controller.slots import Slots
 from controller.status import ROUTER_POOL, ProcessState, ProcessStatus, SystemState, SystemStatus
-from pdserve.config import FaultConfig
+from pdserve.config import DeployConfig, FaultConfig
 from pdserve.contract.errors import ConfigError, NotFound, Unavailable
 from pdserve.contract.messages import Member, Members, WorkerState
 from pdserve.contract.ports import Clock
@@ -62,6 +63,10 @@ class Controller:
     @property
     def _deployment(self) -> Deployment:
         return self._slots.deployment
+
+    @property
+    def model(self) -> ModelSource:
+        return self._deployment.model
 
     def tell(self, process_id: str, message: str) -> None:
         """What a process does while it starts."""
@@ -111,6 +116,14 @@ class Controller:
         pid = slot.last_report.pid
         self._slots.drain(slot, self._deadline_s(deadline_s))
         return pid
+
+    async def roll_out(
+        self, config: DeployConfig, model: ModelSource, deadline_s: float | None
+    ) -> SystemStatus:
+        """Replace the workers, one after the other, by such as `config` makes them. Returns before that is
+        done. Raises ConfigError."""
+        await self._want(rolled_out(self._deployment, config, model), deadline_s)
+        return self._status()
 
     def _deadline_s(self, wanted_s: float | None) -> float:
         return self._deployment.config.pools.drain_deadline_s if wanted_s is None else wanted_s
@@ -162,10 +175,20 @@ class Controller:
             self._slots.advance()
             self._update_members()
             self._tell_routers()
+            self._advance_rollout()
         self._was_ready = self._was_ready or self._is_ready()
         self._tell(self._status())
         self._changed.set()
         self._changed = asyncio.Event()
+
+    def _advance_rollout(self) -> None:
+        """Let the next worker of an earlier generation leave, when all others serve and the routers know."""
+        outdated = [slot for slot in self._slots.workers if self._is_outdated(slot)]
+        if outdated and self._is_ready():
+            self._slots.drain(min(outdated, key=lambda slot: (slot.spec.index, slot.spec.pool)))
+
+    def _is_outdated(self, slot: Slot) -> bool:
+        return slot.last_report is not None and slot.last_report.generation < self._deployment.generation
 
     def _note_news(self) -> None:
         for process in (slot.status for slot in self._slots):
@@ -213,6 +236,7 @@ class Controller:
             self._deployment.model.served_name,
             tuple(slot.status for slot in self._slots),
             self._slots.pools,
+            self._deployment.generation,
             has_head=self._has_head,
         )
 

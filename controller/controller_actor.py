@@ -16,10 +16,11 @@ from controller.discovery import DiscoveryPage
 from controller.head import HeadWatch
 from controller.integrity import ProcessIntegrity
 from controller.kept_deployment import KeptDeployment
-from controller.plan import Deployment
+from controller.plan import Deployment, ModelSource
+from controller.rollout import require_same_text
 from controller.status import SystemStatus
 from pdserve.clock import LoopClock
-from pdserve.config import FaultConfig
+from pdserve.config import DeployConfig, FaultConfig
 from pdserve.contract.errors import ErrorInfo, PdserveError
 from pdserve.logs import set_up_logging
 
@@ -67,6 +68,16 @@ class ControllerActor:
         """The id of the process that leaves, or why none does."""
         try:
             return await self._controller.drain(worker_id, deadline_s)
+        except PdserveError as error:
+            return error.info
+
+    async def roll_out(
+        self, config: DeployConfig, model: ModelSource, deadline_s: float | None
+    ) -> SystemStatus | ErrorInfo:
+        """The status from which on to follow it, or why it cannot be."""
+        try:
+            await asyncio.to_thread(require_same_text, self._controller.model, model)
+            return await self._controller.roll_out(config, model, deadline_s)
         except PdserveError as error:
             return error.info
 

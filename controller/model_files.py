@@ -20,7 +20,7 @@ from pdserve.engine.checkpoint import Checkpoint, find_checkpoint
 from pdserve.memory import available_main_memory
 
 DEMO_NAME = "pdserve-demo"
-_TEXT_FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+TEXT_FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
 
 
 def resolve_model(config: DeployConfig, fetch: bool) -> ModelSource:
@@ -43,7 +43,7 @@ def fetch_text_files(model: ModelSource) -> Path:
     if folder.is_dir():
         return folder
     try:
-        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=_TEXT_FILES))
+        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=TEXT_FILES))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise NotFound(
             f"the tokenizer of model {model.path!r} is neither a folder here nor on the hub: check the name, "

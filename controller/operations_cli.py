@@ -1,9 +1,12 @@
-"""The command line for those who run a system: pdserve scale | drain | fault."""
+"""The command line for those who run a system: pdserve scale | drain | rollout | fault."""
 
 import argparse
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import yaml
 
 from pdserve.config import load_config
 from pdserve.contract.errors import ConfigError
@@ -19,6 +22,7 @@ def add_operations(commands: "Commands", command: AddCommand) -> None:
     """Add all of them; `command` makes a parser that looks like those of the other commands."""
     _add_scale(commands, command)
     _add_drain(commands, command)
+    _add_rollout(commands, command)
     _add_fault(commands, command)
 
 
@@ -38,6 +42,18 @@ def _add_drain(commands: "Commands", command: AddCommand) -> None:
     drain.add_argument("worker", help="such as decode-1")
     _add_deadline(drain)
     drain.set_defaults(run=_drain)
+
+
+def _add_rollout(commands: "Commands", command: AddCommand) -> None:
+    examples = "  pdserve rollout serve.yaml\n  pdserve rollout serve.yaml --set model.revision=v2\n"
+    text = "replace the workers one by one by such as another configuration makes them"
+    rollout = command(commands, "rollout", text, examples)
+    rollout.add_argument("file", type=Path, help="the whole configuration, as for `pdserve up --config`")
+    rollout.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="any key of it, as in YAML"
+    )
+    _add_deadline(rollout)
+    rollout.set_defaults(run=_rollout)
 
 
 def _add_deadline(parser: argparse.ArgumentParser) -> None:
@@ -87,6 +103,28 @@ def _drain(options: argparse.Namespace) -> int:
 
     asyncio.run(drain(options.name or "default", options.address, options.worker, _deadline_s(options)))
     return 0
+
+
+def _rollout(options: argparse.Namespace) -> int:
+    from controller.pool_commands import roll_out
+
+    given = {} if options.name is None else {"name": options.name}
+    config = load_config(options.file, given | dict(map(parse_setting, options.set)))
+    asyncio.run(roll_out(options.address, config, _deadline_s(options)))
+    return 0
+
+
+def parse_setting(text: str) -> tuple[str, object]:
+    """KEY=VALUE, the value as in YAML. Raises ConfigError."""
+    key, is_pair, value = text.partition("=")
+    if not is_pair or not key:
+        raise ConfigError(f"--set {text!r} is not KEY=VALUE: write for example --set engine.kv_memory=512MiB")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"--set {text!r}: the value is not valid YAML: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _parse_size(text: str) -> tuple[str, int]:

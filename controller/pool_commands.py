@@ -1,11 +1,13 @@
-"""`pdserve scale` and `pdserve drain`: what an operator asks of the pools, and the way there."""
+"""`pdserve scale`, `drain` and `rollout`: what an operator asks of the pools, and the way there."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from controller.commands import running_controller
+from controller.model_files import resolve_model
 from controller.status import ProcessState, ProcessStatus, SystemStatus
 from controller.terminal import Progress, say
+from pdserve.config import DeployConfig
 from pdserve.contract.errors import Unavailable
 
 if TYPE_CHECKING:
@@ -30,6 +32,24 @@ async def drain(name: str, address: str | None, worker_id: str, deadline_s: floa
         status = await _follow(controller, await controller.status(), lambda s: has_left(s, worker_id, pid))
     is_replaced = any(process.id == worker_id for process in status.processes)
     say(f"{worker_id} was drained; " + ("another has taken its place" if is_replaced else "it is gone"))
+
+
+async def roll_out(address: str | None, config: DeployConfig, deadline_s: float | None) -> None:
+    """Returns when every worker of the system that `config` names is as it says. Raises ConfigError,
+    NotFound, or Unavailable when one cannot be started so; then the rollout stops there."""
+    model = resolve_model(config, fetch=config.ray.address is None)
+    async with running_controller(config.name, address) as controller:
+        status = await controller.roll_out(config, model, deadline_s)
+        status = await _follow(controller, status, is_rolled_out)
+    say(f"all {len(status.workers)} workers of {config.name} have the new configuration")
+
+
+def is_rolled_out(status: SystemStatus) -> bool:
+    """Whether every worker is made as it is to be. Raises Unavailable when one cannot be."""
+    return have_their_size(status) and all(
+        process.report is not None and process.report.generation == status.generation
+        for process in status.workers
+    )
 
 
 def have_their_size(status: SystemStatus) -> bool:

@@ -11,10 +11,10 @@ from controller.actors import NAMESPACE, controller_name, stop_leftovers
 from controller.admin import AdminAccess
 from controller.controller_actor import ControllerActor
 from controller.integrity import ProcessIntegrity
-from controller.plan import Deployment
+from controller.plan import Deployment, ModelSource
 from controller.start_errors import LOGS
 from controller.status import SystemStatus
-from pdserve.config import FaultConfig
+from pdserve.config import DeployConfig, FaultConfig
 from pdserve.contract.errors import ConfigError, ErrorInfo, NotFound, Unavailable, error_from_info
 
 if TYPE_CHECKING:
@@ -97,6 +97,14 @@ class RemoteController:
         """The id of the process that leaves. Raises the PdserveError that says why none does."""
         answer = _or_raise(await self._ask("drain", worker_id, deadline_s))
         assert isinstance(answer, int)
+        return answer
+
+    async def roll_out(
+        self, config: DeployConfig, model: ModelSource, deadline_s: float | None
+    ) -> SystemStatus:
+        """The status from which on to follow it. Raises the PdserveError that says why it cannot be."""
+        answer = _or_raise(await self._ask("roll_out", config, model, deadline_s))
+        assert isinstance(answer, SystemStatus)
         return answer
 
     async def arm(self, fault: FaultConfig) -> tuple[str, ...]:

@@ -142,6 +142,8 @@ class SystemStatus:
     model: str
     processes: tuple[ProcessStatus, ...] = field(default=())
     pools: tuple[PoolStatus, ...] = field(default=())
+    generation: int = 0
+    """Of the deployment that is wanted; workers of an earlier one are about to be replaced."""
     targets_url: str = ""
     """Where Prometheus finds all processes (HTTP service discovery)."""
     has_head: bool = True

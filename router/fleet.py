@@ -218,12 +218,17 @@ class Fleet:
         models = (hello.model for hello in decoding or hellos)
         return max(models, key=lambda model: model.pool_tokens, default=self._former_model)
 
-    def view(self, names: Sequence[BlockHash], block_size: int, now: float) -> FleetView:
-        """What is believed of the usable workers while a prompt with these block names is placed; only good
-        until something changes."""
+    def view(
+        self, names: Sequence[BlockHash], block_size: int, now: float, fingerprint: str | None = None
+    ) -> FleetView:
+        """What is believed of the usable workers, or of those that serve the model of `fingerprint`, while a
+        prompt with these block names is placed; only good until something changes."""
         depths = self.index.holders(names)
         held = Held([(num_blocks * block_size, bits) for num_blocks, bits in depths])
-        return FleetView(self._decoding, self._prefilling, held, self.unusable_pairs(now))
+        decoding, prefilling = self._decoding, self._prefilling
+        if fingerprint is not None:
+            decoding, prefilling = decoding.of(fingerprint), prefilling.of(fingerprint)
+        return FleetView(decoding, prefilling, held, self.unusable_pairs(now))
 
     def unusable_pairs(self, now: float) -> frozenset[tuple[WorkerId, WorkerId]]:
         if not self._failed_pairs:
@@ -257,6 +262,17 @@ class Fleet:
         if view is None or view.identity != who:
             return Fate.DEAD
         return Fate.ALIVE if view.connected else Fate.UNKNOWN
+
+    def fingerprint(self, worker_id: WorkerId) -> str | None:
+        """Of the model that a worker serves, once it has said so."""
+        hello = self.workers[worker_id].hello
+        return None if hello is None else hello.model.fingerprint
+
+    def has_moved_on(self, fingerprint: str) -> bool:
+        """Whether those that decode serve another model, revision or kind of KV by now, and none this one."""
+        hellos = [view.hello for view in self.workers.values() if view.hello is not None]
+        decoding = [hello for hello in hellos if hello.role is not Role.PREFILL]
+        return bool(decoding) and all(hello.model.fingerprint != fingerprint for hello in decoding)
 
     @property
     def is_degraded(self) -> bool:

@@ -275,6 +275,7 @@ class Journey:
         info = self._fleet.model_info()
         if info is None:
             return None
+        self._require_same_model(progress)
         check_length(progress.most_tokens, info, f"{progress.most_tokens} tokens were asked for")
         if not progress.names:
             root = ChainRoot(info.fingerprint, progress.request.cache_salt)
@@ -286,9 +287,17 @@ class Journey:
             progress.most_tokens - progress.num_known,
             progress.is_suspect,
         )
-        return self._policy.choose(
-            request, self._fleet.view(progress.names, info.block_size, self._clock.now())
-        )
+        now = self._clock.now()
+        fleet = self._fleet.view(progress.names, info.block_size, now, progress.fingerprint)
+        return self._policy.choose(request, fleet)
+
+    def _require_same_model(self, progress: Progress) -> None:
+        """Raises Unavailable when the rest of an answer would have to come from another model or revision."""
+        if progress.fingerprint is not None and self._fleet.has_moved_on(progress.fingerprint):
+            raise Unavailable(
+                "the workers serve another model or revision by now than the one that began this answer; "
+                "send the request again"
+            )
 
     async def _attempt(self, progress: Progress, attempt: Attempt) -> AsyncGenerator[OutputDelta, None]:
         """One attempt: yields new tokens; raises the error that ended it before the output was finished."""
@@ -300,6 +309,7 @@ class Journey:
         )
         booking = self._book(progress, placement, submission.number)
         decode, prefill = self._identity(placement.decode), self._identity(placement.prefill)
+        fingerprint = self._fleet.fingerprint(placement.decode)
         failed: CancelReason | None = None
         try:
             while True:
@@ -313,6 +323,7 @@ class Journey:
                 if new is not None:
                     self._observe(progress, attempt, event)
                     progress.output += new.tokens
+                    progress.fingerprint = fingerprint
                     yield OutputDelta(new.tokens, new.logprobs, new.finish, event.timings)
                     if new.finish is not None:
                         return

@@ -75,6 +75,8 @@ class Progress:
     span: Span = NO_SPAN
     names: list[BlockHash] = field(default_factory=list)  # of the prompt's full blocks
     output: bytearray = field(default_factory=bytearray)  # tokens that the client has
+    fingerprint: str | None = None
+    """Of the worker that its output came from; the rest comes from such a one."""
     num_attempts: int = 0
     attempts: deque[Attempt] = field(default_factory=lambda: deque(maxlen=MAX_ATTEMPTS))
     fruitless_attempts: int = 0

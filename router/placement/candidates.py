@@ -82,6 +82,10 @@ class Pool:
     def get(self, worker_id: WorkerId) -> Candidate | None:
         return self._candidates.get(worker_id)
 
+    def of(self, fingerprint: str) -> "Pool":
+        """Those that serve the model of that fingerprint."""
+        return Pool(each for each in self if each.fingerprint == fingerprint)
+
     def put(self, candidate: Candidate) -> None:
         """Add a worker, or replace what was believed of it."""
         self.remove(candidate.worker_id)

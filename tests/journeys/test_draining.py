@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pdserve.clock import run_virtual as run_virtual_to_the_end
-from pdserve.contract.errors import ErrorCode
+from pdserve.contract.errors import ErrorCode, Unavailable
 from pdserve.contract.messages import Role, WorkerState
 from pdserve.contract.sampling import SamplingParams
 from tests.memory_system import MemorySystem, greedy
@@ -170,6 +170,52 @@ def test_a_worker_that_is_idle_leaves_at_once() -> None:
             assert system.clock.now() - began_at < 0.1
             prompt = prompt_of(20)
             assert await system.generate(prompt, greedy(5)) == system.expected(prompt, greedy(5))
+            await system.at_rest()
+
+    run_virtual(story())
+
+
+class Revisions(MemorySystem):
+    """Workers that are started later serve another model."""
+
+    def serve_next(self) -> None:
+        self._engine_options = {"vocab_size": 500}
+
+
+def test_an_answer_goes_on_with_the_model_that_began_it_or_ends_with_an_error() -> None:
+    async def story() -> None:
+        async with Revisions(num_prefill=1, num_decode=2, num_blocks=200) as system:
+            prompt = prompt_of(20)
+            expected = system.expected(prompt, greedy(60))
+            long = asyncio.create_task(system.generate(prompt, greedy(60)))
+            longer = asyncio.create_task(system.generate(prompt, greedy(600)))
+            await system.clock.sleep(0.05)
+            system.serve_next()
+            for name in ("decode-0", "decode-1"):
+                await system.drain(name, deadline_s=0.0 if name == "decode-0" else 0.4)
+                await system.start_worker(name, Role.DECODE)
+                system.push_members()
+                await system.until_ready()
+            assert await long == expected, "it was moved to the other worker that serves the same model"
+            with pytest.raises(Unavailable, match="another model or revision"):
+                await longer
+            await system.at_rest()
+
+    run_virtual(story())
+
+
+def test_who_has_no_answer_yet_gets_it_from_the_next_model() -> None:
+    async def story() -> None:
+        async with Revisions(num_prefill=0, num_decode=1) as system:
+            prompt = [token % 499 + 1 for token in prompt_of(60)]
+            task = asyncio.create_task(system.generate(prompt, greedy(5)))
+            await system.clock.sleep(0.004)
+            role = system.workers["decode-0"].role
+            await system.drain("decode-0", deadline_s=0.0)
+            system.serve_next()
+            await system.start_worker("decode-0", role)
+            system.push_members()
+            assert await task == system.reference("decode-0", prompt, greedy(5))
             await system.at_rest()
 
     run_virtual(story())

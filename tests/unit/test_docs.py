@@ -192,7 +192,7 @@ def test_command_lines_are_understood() -> None:
     lines = [line.split(" # ")[0] for line in code_blocks(ROOT / "README.md", "sh").splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("pdserve ")]
     names = {"up", "status", "top", "admin", "check", "fault", "bench", "simulate", "generate", "down"}
-    names |= {"scale", "drain"}
+    names |= {"scale", "drain", "rollout"}
     assert {words[0] for words in commands} == names
     for words in commands:
         controller.cli._parser().parse_args(words)
