@@ -53,6 +53,8 @@ class Loop(Protocol):
     def running_context_tokens(self) -> int: ...
     @property
     def waiting_requests(self) -> int: ...
+    @property
+    def waiting_since(self) -> list[float]: ...
     async def run(self) -> None: ...
     async def over(self) -> None: ...
 
@@ -81,6 +83,7 @@ class Worker:
         self.metrics = WorkerMetrics(role.value, self.registry)
         self._info = engine.info
         self._executor = WatchedExecutor(executor, engine.cost, clock)
+        self._clock = clock
         self._rpc = rpc
         self._clock = clock
         self._tracer = tracer
@@ -302,8 +305,13 @@ class Worker:
         own = self.loop.waiting_tokens if isinstance(self.loop, DecodeLoop) else 0
         return own + self.calls.num_waiting_tokens
 
+    def _oldest_waiting_s(self) -> float:
+        now = self._clock.now()
+        return now - min(self.loop.waiting_since, default=now)
+
     def _export_gauges(self) -> None:
         self.metrics.waiting_requests.set_function(lambda: self.loop.waiting_requests)
+        self.metrics.oldest_waiting_seconds.set_function(self._oldest_waiting_s)
         self.metrics.backlog_tokens.set_function(self._waiting_tokens)
         self.metrics.active_sequences.set_function(lambda: self.loop.running_sequences)
         self.metrics.follow_blocks(self.ledger.counts)

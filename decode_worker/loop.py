@@ -192,6 +192,12 @@ class DecodeLoop:
         return len(self._requests) - self.running_sequences + self._calls.num_waiting_requests
 
     @property
+    def waiting_since(self) -> list[float]:
+        """When each of them came."""
+        own = [request.arrived_at for request in self._requests if request.phase is not Phase.DECODING]
+        return own + self._calls.waiting_since
+
+    @property
     def waiting_tokens(self) -> int:
         """Prompt tokens that this worker itself is still to compute."""
         unfinished = (request for request in self._requests if request.phase is not Phase.DECODING)

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 
 from pdserve.contract.errors import ErrorCode
 from pdserve.contract.work import BlockCounts
-from pdserve.request_metrics import SloMetrics
+from pdserve.request_metrics import SloMetrics, StageMetrics
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per counter that nobody reads
 
@@ -56,6 +56,10 @@ class WorkerMetrics:
         self.step_seconds = histogram("engine_step_seconds", "Wall time of one engine step.", _STEP_S)
         self.batch_sequences = histogram(
             "engine_batch_sequences", "Sequences in one engine step.", (1, 2, 4, 8, 16, 32, 64, 128, 256)
+        )
+        self.oldest_waiting_seconds = gauge(
+            "oldest_waiting_seconds",
+            "For how long the oldest of the waiting requests has been here.",
         )
         self._kv_blocks = Gauge(
             "pdserve_kv_blocks", "KV blocks by state.", ["pool", "state"], registry=registry
@@ -186,6 +190,7 @@ class RouterMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         self.slo = SloMetrics(registry)
+        self.stages = StageMetrics(registry)
         self.running_requests = Gauge(
             "pdserve_router_running_requests", "Requests admitted and not ended.", registry=registry
         )
@@ -248,6 +253,27 @@ class RouterMetrics:
             ["cause"],
             registry=registry,
         )
+        self._refusals = Counter(
+            "pdserve_router_refusals",
+            "Requests refused at once because the router has enough to do, by the limit of router.admission.",
+            ["limit"],
+            registry=registry,
+        )
+        self._tokenise = Histogram(
+            "pdserve_api_tokenise_seconds",
+            "From a request's body to its checked tokens: parsing, chat template and tokeniser, and the wait "
+            "for a thread where the body is long.",
+            ["api"],
+            buckets=_TRANSFER_S,
+            registry=registry,
+        )
+        self._first_event = Histogram(
+            "pdserve_api_first_event_seconds",
+            "Of streamed answers: from the request's arrival to the first tokens written to its client.",
+            ["api"],
+            buckets=_LATENCY_S,
+            registry=registry,
+        )
         self._stale = Counter(
             "pdserve_router_stale_messages",
             "Messages of workers and the controller that came twice, too late or out of order and changed "
@@ -265,10 +291,16 @@ class RouterMetrics:
             registry=registry,
         )
 
-    def observe_inter_token(self, seconds: float, num_tokens: int) -> None:
+    def observe_inter_token(
+        self, seconds: float, num_tokens: int, exemplar: dict[str, str] | None = None
+    ) -> None:
         """`num_tokens` have come together `seconds` after the one before them: each took its part of that."""
         for _ in range(num_tokens):
-            self.inter_token.observe(seconds / num_tokens)
+            self.inter_token.observe(seconds / num_tokens, exemplar)
+
+    def count_refusal(self, limit: str) -> None:
+        """`limit` is a field of `router.admission.AdmissionLimits`."""
+        self._refusals.labels(limit).inc()
 
     def count_end(self, outcome: str) -> None:
         """`outcome` is a finish reason or an error code."""
@@ -285,6 +317,14 @@ class RouterMetrics:
         """Part of `router.api_settings.RequestObserver`."""
         self._open_requests.labels(api).inc()
 
+    def on_tokenised(self, api: str, seconds: float) -> None:
+        """Part of `router.api_settings.RequestObserver`."""
+        self._tokenise.labels(api).observe(seconds)
+
+    def on_first_event(self, api: str, seconds: float) -> None:
+        """Part of `router.api_settings.RequestObserver`."""
+        self._first_event.labels(api).observe(seconds)
+
     def on_request_end(self, api: str, code: str, status: int) -> None:
         """Part of `router.api_settings.RequestObserver`."""
         self._open_requests.labels(api).dec()
@@ -297,6 +337,14 @@ class RouterMetrics:
             "How often the prefix index disagreed with a worker's report and was rebuilt.",
             registry=self.registry,
         ).set_function(count)
+
+    def follow_oldest_waiting(self, seconds: Callable[[], float]) -> None:
+        """Export for how long a request has been without a worker, read at scrape time."""
+        Gauge(
+            "pdserve_router_oldest_waiting_seconds",
+            "For how long the request has waited that has been without a worker for the longest time.",
+            registry=self.registry,
+        ).set_function(seconds)
 
     def follow_degraded(self, is_degraded: Callable[[], bool]) -> None:
         """Export whether a whole pool is missing, read at scrape time."""

@@ -1,8 +1,53 @@
-"""What routers count about whole requests: whether they were good."""
+"""What routers count about whole requests: where their time went, what of them was cached, and whether they
+were good."""
 
 from collections.abc import Collection, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_STAGE_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class StageMetrics:
+    """Where the time of requests went, and how much of their tokens did not have to be computed."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._stages = Histogram(
+            "pdserve_request_stage_seconds",
+            "Time of one stage of a request, for every attempt that went through it, told when the request "
+            "ends; router_queue: until it is submitted to a worker; prefill_queue: there, until its prompt's "
+            "turn; prefill: computing the prompt; prompt: both, where an attempt ended before any was told; "
+            "first_token: from sampling the first token to its arrival at the router, and the way of the "
+            "submission; transfer_hidden and transfer_exposed: of the KV, before and after the prompt's last "
+            "forward pass had ended; decode: from the first token to the end.",
+            ["stage"],
+            buckets=_STAGE_S,
+            registry=registry,
+        )
+        self._cached = Counter(
+            "pdserve_router_cached_tokens",
+            "Prompt tokens of requests that prefix caches had, by pool; prefill: they were not computed; "
+            "decode: they did not travel, or, where the decode worker computed the prompt itself, were not "
+            "computed.",
+            ["pool"],
+            registry=registry,
+        )
+        self._recomputed = Counter(
+            "pdserve_router_recomputed_tokens",
+            "Prompt and output tokens that a further attempt of a request had to compute before it could go "
+            "on, by the error that had ended the attempt before.",
+            ["cause"],
+            registry=registry,
+        )
+
+    def observe(self, stage: str, seconds: float, request_id: str) -> None:
+        self._stages.labels(stage).observe(seconds, {"request_id": request_id})
+
+    def count_cached(self, pool: str, num_tokens: int) -> None:
+        self._cached.labels(pool).inc(num_tokens)
+
+    def count_recomputed(self, cause: str, num_tokens: int) -> None:
+        self._recomputed.labels(cause).inc(num_tokens)
 
 
 class SloMetrics:

@@ -64,6 +64,11 @@ class PrefillLoop:
     def waiting_requests(self) -> int:
         return self._source.num_waiting_requests
 
+    @property
+    def waiting_since(self) -> list[float]:
+        """When each of them came."""
+        return self._source.waiting_since
+
     async def run(self) -> None:
         """Until cancelled."""
         while True:

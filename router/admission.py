@@ -16,6 +16,14 @@ class AdmissionLimits:
     retry_after_s: float = 1.0
 
 
+class Refused(Overloaded):
+    """There is no room; `limit` is the field of AdmissionLimits that says so."""
+
+    def __init__(self, message: str, limit: str, retry_after_s: float) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.limit = limit
+
+
 class Admission:
     """Counts what is inside."""
 
@@ -28,9 +36,14 @@ class Admission:
         """Let a request in. Raises Overloaded when it does not fit; an empty router takes any."""
         limits = self._limits
         if self.num_requests >= limits.max_requests:
-            self._refuse(f"{self.num_requests} requests are in progress, the limit of this router")
+            self._refuse(
+                f"{self.num_requests} requests are in progress, the limit of this router", "max_requests"
+            )
         if self.num_requests and self.num_prompt_tokens + num_prompt_tokens > limits.max_prompt_tokens:
-            self._refuse(f"{self.num_prompt_tokens} prompt tokens are in progress, near this router's limit")
+            self._refuse(
+                f"{self.num_prompt_tokens} prompt tokens are in progress, near this router's limit",
+                "max_prompt_tokens",
+            )
         self.num_requests += 1
         self.num_prompt_tokens += num_prompt_tokens
 
@@ -39,5 +52,5 @@ class Admission:
         self.num_requests -= 1
         self.num_prompt_tokens -= num_prompt_tokens
 
-    def _refuse(self, why: str) -> None:
-        raise Overloaded(f"{why}; try again later", retry_after_s=self._limits.retry_after_s)
+    def _refuse(self, why: str, limit: str) -> None:
+        raise Refused(f"{why}; try again later", limit, self._limits.retry_after_s)

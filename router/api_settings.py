@@ -54,6 +54,14 @@ class RequestObserver(Protocol):
         """`api` is ``completions``, ``chat`` or ``grpc``."""
         ...
 
+    def on_tokenised(self, api: str, seconds: float) -> None:
+        """A body has become checked tokens."""
+        ...
+
+    def on_first_event(self, api: str, seconds: float) -> None:
+        """The first tokens of a streamed answer have been written, so long after the request began."""
+        ...
+
     def on_request_end(self, api: str, code: str, status: int) -> None:
         """`code` is ``ok`` or a `pdserve.contract.errors.ErrorCode`; `status` the HTTP status it maps to,
         499 when the client went away."""
@@ -64,6 +72,12 @@ class NoObserver:
     """Listens to nothing."""
 
     def on_request_start(self, api: str) -> None:
+        return
+
+    def on_tokenised(self, api: str, seconds: float) -> None:
+        return
+
+    def on_first_event(self, api: str, seconds: float) -> None:
         return
 
     def on_request_end(self, api: str, code: str, status: int) -> None:

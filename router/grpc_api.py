@@ -185,7 +185,7 @@ class _Generation(pb_grpc.GenerationServicer):
         return self._visits.enter(API, sent.get(REQUEST_ID, ""), trace)
 
     def _job(self, request: pb.GenerateRequest, context: _Context, visit: Visit) -> Job:
-        with visit.at_the_door():
+        with visit.at_the_door(), visit.tokenising():
             return self._read_job(request, context)
 
     def _read_job(self, request: pb.GenerateRequest, context: _Context) -> Job:
@@ -231,6 +231,7 @@ class _Generation(pb_grpc.GenerationServicer):
                 begun.add(piece.index)
                 if says_something(chunk):
                     await context.write(chunk)
+                    visit.tell_first_event()
             await context.write(pb.GenerateChunk(id=request_ids[0], model=job.model, usage=usage_from(usage)))
 
     def _running(self, job: Job, request_ids: list[RequestId], visit: Visit) -> Running:

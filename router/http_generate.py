@@ -74,7 +74,7 @@ class GenerateEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         visit = self._enter(request)
-        reply = HttpReply(scope, send, visit.answer_headers)
+        reply = HttpReply(scope, send, visit.answer_headers, visit.tell_first_event)
         code, status = (
             ErrorCode.CANCELLED.value,
             CLIENT_GONE_STATUS,
@@ -98,7 +98,8 @@ class GenerateEndpoint:
     async def _answer(self, request: Request, visit: Visit, reply: HttpReply) -> None:
         with visit.at_the_door():
             raw = await _read_body(request, self._settings.limits.max_body_bytes)
-            job = await self._read_job(raw, _read_deadline_s(request))
+            with visit.tokenising():
+                job = await self._read_job(raw, _read_deadline_s(request))
         await _until_disconnected(request.receive, reply, self._run(job, visit, reply))
 
     async def _refuse(self, error: PdserveError, reply: HttpReply) -> tuple[str, int]:

@@ -1,7 +1,7 @@
 """The HTTP response to one request, written straight to ASGI: a token must cost little here."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.types import Scope, Send
@@ -21,10 +21,18 @@ ABORT = "pdserve.abort"
 class HttpReply:
     """Either one JSON body or a stream of events."""
 
-    def __init__(self, scope: Scope, send: Send, headers: Sequence[tuple[str, str]]):
-        """`headers` are sent with whatever is answered."""
+    def __init__(
+        self,
+        scope: Scope,
+        send: Send,
+        headers: Sequence[tuple[str, str]],
+        on_first_event: Callable[[], None],
+    ):
+        """`headers` are sent with whatever is answered. `on_first_event` is told when the first event of a
+        stream has been written."""
         self._scope = scope
         self._send = send
+        self._on_first_event = on_first_event
         self._headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
         self._streaming = False
         self.complete = False
@@ -42,10 +50,12 @@ class HttpReply:
 
     async def write_event(self, text: str) -> None:
         """One or more whole events, ASCII. The first one starts the answer."""
-        if not self._streaming:
-            self._streaming = True
+        is_first, self._streaming = not self._streaming, True
+        if is_first:
             await self._start(200, _EVENT_STREAM)
         await self._write(text.encode("ascii"), more=True)
+        if is_first:
+            self._on_first_event()
 
     async def end_events(self, text: str) -> None:
         """The last events, and the mark that the stream is whole."""

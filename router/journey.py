@@ -19,7 +19,6 @@ from pdserve.contract.errors import (
     DeadlineExceeded,
     ErrorCode,
     ErrorInfo,
-    Overloaded,
     PdserveError,
     Poisonous,
     Stalled,
@@ -37,7 +36,7 @@ from pdserve.contract.ports import Clock, Rng
 from pdserve.contract.tokens import num_tokens, slice_tokens
 from pdserve.contract.tracing import Attributes, Span, SpanKind, Tracer
 from pdserve.metrics import RouterMetrics
-from router.admission import Admission
+from router.admission import Admission, Refused
 from router.booking import Booking
 from router.bounds import check_length
 from router.fleet import Fate, Fleet, Identity
@@ -51,6 +50,7 @@ from router.report_json import span_attributes
 from router.request_log import log_end
 from router.request_reports import Origin, RequestReports, refused_report
 from router.requests import Closing, GenerateRequest, OutputDelta
+from router.stage_times import tell_stages
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,8 @@ class Journey:
         PdserveError subclasses."""
         try:
             self._admission.enter(num_tokens(request.prompt_tokens))
-        except Overloaded as error:
+        except Refused as error:
+            self._metrics.count_refusal(error.limit)
             self._count_verdict(self._settings.objectives.failed)
             self.refuse(request_id, request.origin, error.info, 0.0, num_tokens(request.prompt_tokens))
             raise
@@ -165,7 +166,7 @@ class Journey:
         self._live.discard(progress)
         self._admission.leave(progress.num_prompt)
         self._metrics.running_requests.dec()
-        self._metrics.end_to_end.observe(progress.ended_at - progress.admitted_at)
+        self._metrics.end_to_end.observe(progress.ended_at - progress.admitted_at, progress.exemplar)
         self._recent.end_to_end.add(progress.ended_at - progress.admitted_at)
         self._metrics.count_end(outcome)
         self._count_verdict(self._settings.objectives.judge(progress.pace(progress.ended_at), outcome))
@@ -174,6 +175,13 @@ class Journey:
         log_end(report)
         if progress.span.context is not None:
             progress.span.end(outcome, span_attributes(report))
+        tell_stages(self._metrics, progress, report)
+
+    def oldest_waiting_s(self) -> float:
+        """For how long a request has been without a worker, the longest of all; 0 when each has one. May be
+        asked from another thread."""
+        now, live = self._clock.now(), list(self._live)
+        return now - min((at for progress in live if (at := progress.waiting_since) is not None), default=now)
 
     def _count_verdict(self, verdict: Verdict | None) -> None:
         if verdict is not None:
@@ -422,18 +430,19 @@ class Journey:
 
     def _observe(self, progress: Progress, attempt: Attempt, tokens: SubmissionTokens) -> None:
         """Times are those of arrival here: how fast the client reads does not count."""
-        num = num_tokens(tokens.event.tokens)
+        num, exemplar = num_tokens(tokens.event.tokens), progress.exemplar
         if progress.last_token_at is None:
             progress.first_token_at = tokens.arrived_at
-            self._metrics.time_to_first_token.observe(tokens.arrived_at - progress.admitted_at)
+            self._metrics.time_to_first_token.observe(tokens.arrived_at - progress.admitted_at, exemplar)
             self._recent.time_to_first_token.add(tokens.arrived_at - progress.admitted_at)
         else:
-            progress.note_gap(tokens.arrived_at - progress.last_token_at)
-            self._metrics.observe_inter_token(tokens.arrived_at - progress.last_token_at, num)
-            self._recent.add_tokens(tokens.arrived_at - progress.last_token_at, num)
+            gap_s = tokens.arrived_at - progress.last_token_at
+            is_longest = progress.note_gap(gap_s)
+            self._metrics.observe_inter_token(gap_s, num, exemplar if is_longest else None)
+            self._recent.add_tokens(gap_s, num)
         if num_tokens(progress.output) < 2 <= num_tokens(progress.output) + num:
             progress.second_token_at = tokens.arrived_at
-            self._metrics.time_to_second_token.observe(tokens.arrived_at - progress.admitted_at)
+            self._metrics.time_to_second_token.observe(tokens.arrived_at - progress.admitted_at, exemplar)
         progress.last_token_at = tokens.arrived_at
         attempt.note(tokens)
         self._metrics.output_tokens.inc(num)

@@ -23,6 +23,8 @@ class Attempt:
     number: int
     placement: Placement
     submitted_at: float
+    num_known: int
+    """Prompt and output tokens then."""
     first_token_at: float | None = None
     ended_at: float | None = None
     end: str | None = None
@@ -116,10 +118,21 @@ class Progress:
         """Prompt and output when the request runs to max_tokens."""
         return self.num_prompt + self.request.sampling.max_tokens
 
+    @property
+    def exemplar(self) -> dict[str, str]:
+        """What a histogram keeps of it."""
+        return {"request_id": self.request_id}
+
+    @property
+    def waiting_since(self) -> float | None:
+        """Since when no worker has it; None while one does."""
+        last = self.attempts[-1] if self.attempts else None
+        return self.admitted_at if last is None else last.ended_at
+
     def next_attempt(self, placement: Placement, now: float, span: Span = NO_SPAN) -> Attempt:
         """It is submitted once more."""
         self.num_attempts += 1
-        attempt = Attempt(self.num_attempts, placement, now, span=span)
+        attempt = Attempt(self.num_attempts, placement, now, self.num_known, span=span)
         self.attempts.append(attempt)
         return attempt
 

@@ -64,6 +64,7 @@ class Router:
         )
         self._num_requests = 0
         self.metrics.follow_index_mismatches(lambda: self.fleet.num_index_mismatches)
+        self.metrics.follow_oldest_waiting(self._journey.oldest_waiting_s)
         self.metrics.follow_degraded(lambda: self.fleet.is_degraded)
         self.metrics.follow_workers(lambda: sum(view.usable for view in self.fleet.workers.values()))
 

@@ -63,6 +63,7 @@ class Visit:
         self._client_request_id = client_request_id
         self._arrived_at = visits.clock.now()
         self._model = ""
+        self._has_begun = False
         self.request_id = visits.desk.new_request_id()
         """Of the first choice, or of the call when it is refused."""
         self._span = visits.tracer.begin(api, SpanKind.SERVER, trace, {"pdserve.request_id": self.request_id})
@@ -86,6 +87,19 @@ class Visit:
             waited_s = self._visits.clock.now() - self._arrived_at
             self._visits.desk.refuse(self.request_id, self.origin(), info, waited_s)
             raise
+
+    @contextmanager
+    def tokenising(self) -> Iterator[None]:
+        """Where a body becomes checked tokens; it is told how long that takes."""
+        began_at = self._visits.clock.now()
+        yield
+        self._visits.observer.on_tokenised(self._api, self._visits.clock.now() - began_at)
+
+    def tell_first_event(self) -> None:
+        """Tokens of a streamed answer have been written; the first ones are told of."""
+        if not self._has_begun:
+            self._has_begun = True
+            self._visits.observer.on_first_event(self._api, self._visits.clock.now() - self._arrived_at)
 
     def admit(self, job: Job) -> list[RequestId]:
         """The ids of the job's choices."""

@@ -1,6 +1,17 @@
 """The Grafana dashboards: which panels there are, and what a person reads from them."""
 
-from tools.panels import SYSTEM, Dashboard, Panel, highest, kept_share, quantiles, rate, ratio, total
+from tools.panels import (
+    SYSTEM,
+    Dashboard,
+    Panel,
+    highest,
+    kept_share,
+    quantile,
+    quantiles,
+    rate,
+    ratio,
+    total,
+)
 
 FIRING = 'sum by (alertname, pool, instance) (ALERTS{alertstate="firing"}) or vector(0)'
 
@@ -25,6 +36,12 @@ def _pool(pool: str) -> tuple[Panel, ...]:
             "short",
             (("{{instance}}", total("pdserve_waiting_requests", "instance", pool=pool)),),
             "Requests that wait for their turn, for blocks or for their KV.",
+        ),
+        Panel(
+            "Longest wait",
+            "s",
+            (("{{instance}}", total("pdserve_oldest_waiting_seconds", "instance", pool=pool)),),
+            "For how long the oldest of the waiting requests has been there.",
         ),
         Panel(
             "KV blocks",
@@ -190,6 +207,54 @@ def dashboards() -> tuple[Dashboard, ...]:
             "short",
             (("{{instance}}", total("pdserve_router_ready_workers", "instance")),),
             "Workers that each router can use.",
+        ),
+        Panel(
+            "Longest wait",
+            "s",
+            (("{{instance}}", total("pdserve_router_oldest_waiting_seconds", "instance")),),
+            "For how long a request has been without a worker.",
+        ),
+        Panel(
+            "Refusals",
+            "reqps",
+            (("{{limit}}", rate("pdserve_router_refusals_total", "limit") + " or vector(0)"),),
+            "Requests refused at once, by the limit of router.admission that says so.",
+        ),
+        Panel(
+            "Stages",
+            "s",
+            quantile(0.5, "pdserve_request_stage_seconds", "stage"),
+            "Where the median request's time goes. docs/metrics.md says what each stage is.",
+        ),
+        Panel(
+            "Stages, p99",
+            "s",
+            quantile(0.99, "pdserve_request_stage_seconds", "stage"),
+            "The same for the slowest of a hundred.",
+        ),
+        Panel(
+            "Tokenise",
+            "s",
+            quantiles("pdserve_api_tokenise_seconds"),
+            "From a request's body to its checked tokens.",
+        ),
+        Panel(
+            "First event",
+            "s",
+            quantiles("pdserve_api_first_event_seconds"),
+            "From a request's arrival to the first tokens of its stream written to the client.",
+        ),
+        Panel(
+            "Cached and recomputed tokens",
+            "short",
+            (
+                ("cached {{pool}}", rate("pdserve_router_cached_tokens_total", "pool")),
+                (
+                    "recomputed {{cause}}",
+                    rate("pdserve_router_recomputed_tokens_total", "cause") + " or vector(0)",
+                ),
+            ),
+            "Prompt tokens per second that a prefix cache had, and what was computed again after a loss.",
         ),
         Panel(
             "Prefix index",

@@ -74,7 +74,13 @@ def _panels(panels: Sequence[Panel]) -> Iterator[dict[str, Any]]:
 
 
 def _target(ref_id: str, legend: str, expression: str) -> dict[str, Any]:
-    return {"refId": ref_id, "datasource": DATASOURCE, "expr": expression, "legendFormat": legend}
+    return {
+        "refId": ref_id,
+        "datasource": DATASOURCE,
+        "expr": expression,
+        "legendFormat": legend,
+        "exemplar": True,
+    }
 
 
 def main() -> int:

@@ -43,12 +43,21 @@ def highest(metric: str, **labels: str) -> str:
 
 def quantiles(metric: str, by: str = "", **labels: str) -> tuple[tuple[str, str], ...]:
     """p50, p90 and p99 of a histogram over the last minute."""
-    grouping = f"{by}, le" if by else "le"
-    buckets = f"sum by ({grouping}) (rate({metric}_bucket{selector(labels)}[1m]))"
     legend = f" {{{{{by}}}}}" if by else ""
     return tuple(
-        (f"p{percent}{legend}", f"histogram_quantile({percent / 100}, {buckets})") for percent in (50, 90, 99)
+        (f"p{share * 100:.0f}{legend}", _quantile(share, metric, by, labels)) for share in (0.5, 0.9, 0.99)
     )
+
+
+def quantile(share: float, metric: str, by: str, **labels: str) -> tuple[tuple[str, str], ...]:
+    """One of a histogram over the last minute, for every value of a label."""
+    return ((f"{{{{{by}}}}}", _quantile(share, metric, by, labels)),)
+
+
+def _quantile(share: float, metric: str, by: str, labels: dict[str, str]) -> str:
+    grouping = f"{by}, le" if by else "le"
+    buckets = f"sum by ({grouping}) (rate({metric}_bucket{selector(labels)}[1m]))"
+    return f"histogram_quantile({share}, {buckets})"
 
 
 def ratio(part: str, whole: str) -> str:

@@ -122,6 +122,12 @@ class PrefillSource:
         """Open calls whose turn has not come, or whose decode worker has not answered yet."""
         return len(self.in_state(JobState.QUEUED)) + len(self.in_state(JobState.STARTING))
 
+    @property
+    def waiting_since(self) -> list[float]:
+        """When each of these calls came."""
+        waiting = (JobState.QUEUED, JobState.STARTING)
+        return [job.queued_at for job in self.jobs if job.state in waiting]
+
     def in_state(self, state: JobState) -> list[PrefillJob]:
         """The jobs in `state`, oldest first."""
         return [job for job in self.jobs if job.state is state]

@@ -73,6 +73,7 @@ def prometheus(ray_system: RaySystem, tmp_path_factory: pytest.TempPathFactory) 
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     command = ["prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
     command += [f"--web.listen-address={address}", "--log.level=warn"]
+    command += ["--enable-feature=exemplar-storage"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         prometheus = Prometheus(f"http://{address}")
@@ -157,6 +158,23 @@ def test_every_rule_is_evaluated_and_its_data_is_there(loaded: Prometheus) -> No
             expression = re.sub(r"\s(>|==)\s[\d.]+\s*$", "", expression.strip())
         quiet = ("refused_calls", "recoveries", "corrupt")  # counters that a healthy system never begins
         assert loaded.query(expression) or any(word in expression for word in quiet), rule
+
+
+def test_slow_moments_name_their_requests(loaded: Prometheus, ray_system: RaySystem) -> None:
+    now = time.time()
+    found = loaded.get(
+        "query_exemplars",
+        query="pdserve_time_to_first_token_seconds_bucket",
+        start=str(now - 600),
+        end=str(now + 60),
+    )
+    named = {exemplar["labels"]["request_id"] for series in found for exemplar in series["exemplars"]}
+    assert named
+    page, _, token = ray_system.pdserve.run("admin").stdout.split()[1].partition("#token=")
+    headers = {"authorization": f"Bearer {token}"}
+    for request_id in named:
+        report = httpx.get(f"{page}requests/{request_id}", headers=headers).json()
+        assert report["request_id"] == request_id
 
 
 def test_nothing_alarms_in_a_healthy_system(loaded: Prometheus) -> None:

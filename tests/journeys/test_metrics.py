@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
+from prometheus_client.openmetrics.exposition import generate_latest
 
 from pdserve.contract.errors import Overloaded, RequestTooLong
 from pdserve.contract.messages import Members, Role
@@ -22,6 +23,7 @@ from tests.journeys.test_faults_in_memory import prompt_of, run_virtual, until
 from tests.memory_system import MemorySystem, greedy
 
 BLOCK, CHUNK = 4, 8  # of the fake engine
+POOLS = ("prefill", "decode")
 STEP_S = 0.05
 
 
@@ -226,5 +228,101 @@ def test_refused_requests_are_not_good() -> None:
             await served
             assert system.router_metric("slo_requests_total", result="good") == 1
             assert system.router_metric("slo_requests_total", result="bad") == 1
+            assert system.router_metric("router_refusals_total", limit="max_requests") == 1
+
+    run_virtual(story())
+
+
+def test_where_the_time_of_a_request_went() -> None:
+    async def story() -> None:
+        async with steady_system() as system:
+            await system.generate(prompt_of(5 * CHUNK), greedy(9))
+            stages = {
+                stage: system.router_metric("request_stage_seconds_sum", stage=stage)
+                for stage in ("router_queue", "prefill_queue", "prefill", "first_token", "decode")
+            }
+            assert stages == pytest.approx(
+                {
+                    "router_queue": 0,
+                    "prefill_queue": 0,
+                    "prefill": 5 * STEP_S,
+                    "first_token": 0,
+                    "decode": 8 * STEP_S,
+                },
+                abs=STEP_S / 50,
+            )
+            count = "request_stage_seconds_count"
+            for stage in (*stages, "transfer_hidden", "transfer_exposed"):
+                assert system.router_metric(count, stage=stage) == 1
+            assert system.router_metric(count, stage="prompt") == 0
+
+    run_virtual(story())
+
+
+def test_the_age_of_what_waits() -> None:
+    async def story() -> None:
+        async with steady_system() as system:
+            running = asyncio.create_task(system.generate(prompt_of(40 * CHUNK), greedy(2)))
+            await until(lambda: system.metric("prefill-0", "active_sequences") == 1)
+            queued = asyncio.create_task(system.generate(prompt_of(40, seed=3), greedy(2)))
+            await system.clock.sleep(1)
+            assert system.metric("prefill-0", "oldest_waiting_seconds") == pytest.approx(1, abs=0.01)
+            assert system.metric("decode-0", "oldest_waiting_seconds") == pytest.approx(1, abs=STEP_S)
+            assert system.router_metric("router_oldest_waiting_seconds") == 0  # workers have them
+            away = system.workers.pop("decode-0")
+            await asyncio.gather(running, queued)
+            system.push_members()
+            waiting = asyncio.create_task(system.generate(prompt_of(33), greedy(2)))
+            await system.clock.sleep(2)
+            assert system.router_metric("router_oldest_waiting_seconds") == pytest.approx(2)
+            system.workers["decode-0"] = away
+            system.push_members()
+            await waiting
+            assert system.router_metric("router_oldest_waiting_seconds") == 0
+            assert system.router_metric("request_stage_seconds_sum", stage="router_queue") >= 2
+            for worker in ("prefill-0", "decode-0"):
+                assert system.metric(worker, "oldest_waiting_seconds") == 0
+
+    run_virtual(story())
+
+
+def test_cached_and_recomputed_tokens() -> None:
+    async def story() -> None:
+        async with steady_system(num_decode=2) as system:
+            await system.generate(prompt_of(33), greedy(1))
+            assert system.router_metric("router_cached_tokens_total", pool="prefill") == 0
+            again = asyncio.create_task(system.generate(prompt_of(33), greedy(30)))
+            await until(lambda: system.router_metric("router_output_tokens_total") == 1 + 10)
+            cached = {pool: system.router_metric("router_cached_tokens_total", pool=pool) for pool in POOLS}
+            assert cached == {"prefill": 0, "decode": 0}  # it has not ended
+            (serving,) = (name for name in system.workers if system.metric(name, "active_sequences"))
+            await system.bury(system.kill(serving))
+            await again
+            # both attempts found the 8 full blocks of the prompt at the prefill worker, and the second one
+            # computed the rest of it and the output that was there
+            assert system.router_metric("router_cached_tokens_total", pool="prefill") == 32 + 32
+            assert system.router_metric("router_recomputed_tokens_total", cause="worker_lost") == 1 + 10
+
+    run_virtual(story())
+
+
+def test_exemplars_name_the_request() -> None:
+    async def story() -> None:
+        async with steady_system() as system:
+            await system.generate(prompt_of(33), greedy(9))
+            page = generate_latest(system.router.registry).decode()
+            named = {
+                line.partition("{")[0]
+                for line in page.splitlines()
+                if f'# {{request_id="{system.router.identity.incarnation:016x}-1"}}' in line
+            }
+            histograms = (
+                "time_to_first_token",
+                "time_to_second_token",
+                "inter_token",
+                "request",
+                "request_stage",
+            )
+            assert named == {f"pdserve_{name}_seconds_bucket" for name in histograms}
 
     run_virtual(story())
