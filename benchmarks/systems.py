@@ -53,8 +53,8 @@ def running(config: Mapping[str, Any]) -> Iterator[System]:
 def step_seconds(client: httpx.Client, worker: Process) -> float:
     """How long all engine steps of `worker` took so far."""
     page = client.get(worker.metrics_url).text
-    (line,) = (line for line in page.splitlines() if line.startswith("pdserve_engine_step_seconds_sum"))
-    return float(line.split()[-1])
+    lines = (line for line in page.splitlines() if line.startswith("pdserve_engine_step_seconds_sum"))
+    return sum(float(line.split()[-1]) for line in lines)  # by kind of step
 
 
 def _when_ready(up: "subprocess.Popen[bytes]", name: str) -> System:

@@ -22,6 +22,7 @@ from pdserve.contract.errors import ConfigError, InvalidRequest
 from pdserve.contract.ids import RouterId
 from pdserve.contract.messages import Members
 from pdserve.contract.ports import Rpc
+from pdserve.engine_metrics import export_price
 from pdserve.faults import Faults, FaultyRpc
 from pdserve.rpc.grpc_rpc import GrpcRpc
 from router.admin.api import create_admin_app
@@ -57,6 +58,7 @@ class RouterFront:
         self._tracer = tracer_of(plan, clock)
         settings = self._router_settings()
         self._router = Router(RouterId(plan.spec.id), rpc, clock, SystemRng(), settings, self._tracer)
+        export_price(plan.spec.pool, self._router.registry, self._config.price_per_hour)
         if faults is not None:
             faults.export(self._router.registry)
         self._http: HttpServer | None = None

@@ -80,7 +80,7 @@ class Worker:
         self.incarnation = Incarnation(rng.random_bits(63))
         self.state = WorkerState.STARTING
         self.registry = CollectorRegistry()
-        self.metrics = WorkerMetrics(role.value, self.registry)
+        self.metrics = WorkerMetrics(role.value, self.registry, engine.roofline)
         self._info = engine.info
         self._executor = WatchedExecutor(executor, engine.cost, clock)
         self._clock = clock

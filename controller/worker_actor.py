@@ -28,6 +28,7 @@ from pdserve.contract.ids import WorkerId
 from pdserve.contract.messages import Member, Role
 from pdserve.contract.ports import Engine, Rpc
 from pdserve.contract.tracing import Tracer
+from pdserve.engine_metrics import export_price
 from pdserve.faults import FaultyEngine, FaultyRpc
 from pdserve.logs import set_up_logging
 from pdserve.rpc.addresses import require_private
@@ -164,6 +165,7 @@ class WorkerActor:
         )
         if self._faults is not None:
             self._faults.export(worker.registry)
+        export_price(spec.pool, worker.registry, self._plan.deployment.pool(spec.pool).price_per_hour)
         self._member = await self._listen(worker)
         self._worker = worker
         self._metrics_url = serve_metrics(worker.registry, self._plan.deployment)
@@ -211,6 +213,8 @@ class WorkerActor:
             deterministic=engine.deterministic,
             trust_remote_code=model.trust_remote_code,
             chunk_tokens=engine.chunk_tokens,
+            peak_tflops=engine.peak_tflops,
+            peak_gb_per_s=engine.peak_gb_per_s,
         )
 
     def _kv_memory(self) -> tuple[int | None, float]:

@@ -313,8 +313,7 @@ class DecodeLoop:
         num_own_tokens = sum(stop - request.num_computed for request, stop in plan.prefilling)
         own_s = min(result.seconds, num_own_tokens * self._cost.per_prefill_token_s)
         self._quota.note_step(len(plan.decoding), own_s, result.seconds)
-        self._metrics.step_seconds.observe(result.seconds)
-        self._metrics.batch_sequences.observe(len(batch.sequences))
+        self._metrics.engine.observe_step(batch, result.seconds)
         return result
 
     def _publish(self, plan: StepPlan, result: StepResult) -> None:

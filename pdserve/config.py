@@ -73,6 +73,11 @@ class EngineConfig(Section):
     """Blocks that a decode worker keeps free for each running sequence when a new request reserves its
     own."""
 
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    """Most operations per second that one worker's device gives in the model's dtype, in 10^12; the metrics'
+    utilisation is a share of it. Empty: as known for the GPU, else measured at load."""
+    peak_gb_per_s: Annotated[float, Field(gt=0)] | None = None
+    """Most bytes per second that its memory gives, in 10^9; empty as above."""
     local_prefill_share: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Most of its time that a decode worker spends on prompts of its own while it generates, as when no
     prefill worker is left. Unsplit workers have no such limit."""
@@ -97,6 +102,9 @@ class ResourcesConfig(Section):
     """Custom resources that the cluster's nodes offer, for example `{decode_node: 1}`."""
 
 
+Price = Annotated[float, Field(ge=0)] | None
+
+
 class PoolConfig(Section):
     """One pool of equal workers."""
 
@@ -106,6 +114,8 @@ class PoolConfig(Section):
     """What each of them needs."""
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables of the workers' processes, for example `{HF_HOME: /data/hub}`."""
+    price_per_hour: Price = None
+    """What one worker costs an hour, in any currency, for the dashboards' cost per million tokens."""
 
 
 class PoolsConfig(Section):
@@ -219,6 +229,8 @@ class RouterConfig(Section):
     """The admin server of each router: the [live page](live-page.md) and its JSON."""
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     """What each router needs."""
+    price_per_hour: Price = None
+    """What one router costs an hour, as in `pools`."""
 
 
 _UNENCRYPTED_TRANSPORTS = ("nixl", "process_group")

@@ -23,6 +23,7 @@ from prometheus_client import CollectorRegistry
 
 from pdserve.config import FaultConfig
 from pdserve.contract.messages import Message, Segment
+from pdserve.contract.model_work import Roofline
 from pdserve.contract.ports import (
     BlockStore,
     Call,
@@ -242,6 +243,10 @@ class FaultyEngine:
     @property
     def cost(self) -> StepCost:
         return self._engine.cost
+
+    @property
+    def roofline(self) -> Roofline:
+        return self._engine.roofline
 
     def step(self, batch: StepBatch, layers_done: LayersDone | None = None) -> StepResult:
         for fault in self._faults.due(lambda fault: fault.at == "step" and _computes(batch, fault.token)):

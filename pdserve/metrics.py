@@ -10,7 +10,9 @@ from functools import partial
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from pdserve.contract.errors import ErrorCode
+from pdserve.contract.model_work import Roofline
 from pdserve.contract.work import BlockCounts
+from pdserve.engine_metrics import EngineMetrics
 from pdserve.request_metrics import SloMetrics, StageMetrics
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per counter that nobody reads
@@ -24,8 +26,9 @@ _SHARES = (0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 1)
 class WorkerMetrics:
     """What one worker counts. `pool` is its role."""
 
-    def __init__(self, pool: str, registry: CollectorRegistry) -> None:
+    def __init__(self, pool: str, registry: CollectorRegistry, roofline: Roofline) -> None:
         self.registry = registry
+        self.engine = EngineMetrics(pool, registry, roofline)
         self._labels = {"pool": pool}
 
         def gauge(name: str, text: str) -> Gauge:
@@ -33,11 +36,6 @@ class WorkerMetrics:
 
         def counter(name: str, text: str) -> Counter:
             return Counter(f"pdserve_{name}", text, ["pool"], registry=registry).labels(**self._labels)
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"pdserve_{name}", text, ["pool"], buckets=buckets, registry=registry).labels(
-                **self._labels
-            )
 
         self.waiting_requests = gauge(
             "waiting_requests",
@@ -53,10 +51,6 @@ class WorkerMetrics:
         )
         self.preemptions = counter("preemptions", "Requests sent back because blocks ran out.")
         self.segments_resent = counter("segments_resent", "Segments sent again after a digest mismatch.")
-        self.step_seconds = histogram("engine_step_seconds", "Wall time of one engine step.", _STEP_S)
-        self.batch_sequences = histogram(
-            "engine_batch_sequences", "Sequences in one engine step.", (1, 2, 4, 8, 16, 32, 64, 128, 256)
-        )
         self.oldest_waiting_seconds = gauge(
             "oldest_waiting_seconds",
             "For how long the oldest of the waiting requests has been here.",

@@ -106,8 +106,7 @@ class PrefillLoop:
             result = await self._executor.step(batch, self._source.follow_layers(ending))
         self.num_steps += 1
         self.prefill_tokens_per_s = batch.num_new_tokens / max(result.seconds, 1e-9)
-        self._metrics.step_seconds.observe(result.seconds)
-        self._metrics.batch_sequences.observe(len(chunks))
+        self._metrics.engine.observe_step(batch, result.seconds)
         self._metrics.prompt_tokens.inc(batch.num_new_tokens)
         return result
 

@@ -52,8 +52,14 @@ def _pool(pool: str) -> tuple[Panel, ...]:
         Panel(
             "Engine step",
             "s",
-            quantiles("pdserve_engine_step_seconds", pool=pool),
-            "How long one forward pass takes.",
+            quantiles("pdserve_engine_step_seconds", "kind", pool=pool),
+            "How long one forward pass takes, by what it computes.",
+        ),
+        Panel(
+            "Tokens per step",
+            "short",
+            quantiles("pdserve_engine_batch_tokens", pool=pool),
+            "New tokens that one forward pass computes.",
         ),
         Panel(
             "Batch",
@@ -420,11 +426,92 @@ def dashboards() -> tuple[Dashboard, ...]:
             "1: Prometheus reaches the process.",
         ),
     )
+    efficiency = (
+        Panel(
+            "Busy",
+            "percentunit",
+            (("{{instance}}", f"pdserve:engine_busy:ratio{{{SYSTEM}}}"),),
+            "Share of the time in which each worker's engine computed.",
+        ),
+        Panel(
+            "Model FLOPs utilisation",
+            "percentunit",
+            (("{{instance}}", f"pdserve:model_flops:ratio{{{SYSTEM}}}"),),
+            "Operations that the steps could not do without, over the most that the device gives. Prefill is "
+            "bound by it.",
+        ),
+        Panel(
+            "Memory bandwidth utilisation",
+            "percentunit",
+            (("{{instance}}", f"pdserve:memory_bandwidth:ratio{{{SYSTEM}}}"),),
+            "Bytes of weights and KV that the steps had to move, over the most that the device gives. Decode "
+            "is bound by it.",
+        ),
+        Panel(
+            "Model FLOPs while busy",
+            "percentunit",
+            (
+                (
+                    "{{pool}}",
+                    ratio(
+                        rate("pdserve_engine_flops_total", "pool"),
+                        rate("pdserve_engine_step_seconds_sum", "pool"),
+                    )
+                    + f" / avg by (pool) (pdserve_device_peak_flops_per_second{{{SYSTEM}}})",
+                ),
+            ),
+            "The same only over the time in which engines computed: how good their steps are.",
+        ),
+        Panel(
+            "Memory bandwidth while busy",
+            "percentunit",
+            (
+                (
+                    "{{pool}}",
+                    ratio(
+                        rate("pdserve_engine_memory_bytes_total", "pool"),
+                        rate("pdserve_engine_step_seconds_sum", "pool"),
+                    )
+                    + f" / avg by (pool) (pdserve_device_peak_bytes_per_second{{{SYSTEM}}})",
+                ),
+            ),
+            "The same only over the time in which engines computed.",
+        ),
+        Panel(
+            "Where engines spend their time",
+            "percentunit",
+            (("{{pool}} {{kind}}", rate("pdserve_engine_step_seconds_sum", "pool, kind")),),
+            "Seconds of steps per second, by pool and kind of step.",
+        ),
+        Panel(
+            "Cost per million tokens",
+            "short",
+            (
+                ("output tokens", f"pdserve:cost_per_million_output_tokens:rate5m{{{SYSTEM}}}"),
+                ("all tokens", f"pdserve:cost_per_million_tokens:rate5m{{{SYSTEM}}}"),
+            ),
+            "What runs now, for what it delivered in the last five minutes; needs price_per_hour in the "
+            "configuration.",
+        ),
+        Panel(
+            "Cost per thousand good requests",
+            "short",
+            (("cost", f"pdserve:cost_per_thousand_good_requests:rate5m{{{SYSTEM}}}"),),
+            "The same for requests that kept what slo asks for.",
+        ),
+        Panel(
+            "Price per hour",
+            "short",
+            (("{{pool}}", total("pdserve_price_per_hour", "pool")),),
+            "Of all processes that Prometheus reaches.",
+        ),
+    )
     return (
         Dashboard("pdserve-overview", "pdserve: overview", overview),
         Dashboard("pdserve-prefill", "pdserve: prefill pool", _pool("prefill")),
         Dashboard("pdserve-decode", "pdserve: decode pool", _pool("decode")),
         Dashboard("pdserve-router", "pdserve: routers", router),
         Dashboard("pdserve-transfer", "pdserve: KV transfer", transfer),
+        Dashboard("pdserve-efficiency", "pdserve: utilisation and cost", efficiency),
         Dashboard("pdserve-slo", "pdserve: objectives and alerts", slo),
     )

@@ -13,7 +13,9 @@ from prometheus_client import CollectorRegistry, Metric
 
 from pdserve.contract.errors import ErrorCode
 from pdserve.contract.messages import Submit, TokenEvent
-from pdserve.contract.work import BlockCounts
+from pdserve.contract.model_work import DevicePeak, ModelWork, Roofline
+from pdserve.contract.work import BlockCounts, StepBatch
+from pdserve.engine_metrics import export_price
 from pdserve.metrics import ControllerMetrics, FaultMetrics, RouterMetrics, WorkerMetrics
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "metrics.md"
@@ -63,7 +65,10 @@ def make_page() -> str:
 
 def _worker_metrics() -> Iterable[Metric]:
     """All families of a worker, each with a sample, which alone says what its labels are."""
-    metrics = WorkerMetrics("decode", CollectorRegistry())
+    roofline = Roofline(ModelWork(0, 0, 0, 0, 0, 0, ()), DevicePeak(0.0, 0.0))
+    metrics = WorkerMetrics("decode", CollectorRegistry(), roofline)
+    metrics.engine.observe_step(StepBatch([]), 0.0)
+    export_price("decode", metrics.registry, 0.0)
     metrics.count_transfer("grpc", "verified")
     metrics.observe_segment("grpc", num_bytes=0, seconds=0.0, verified=True)
     metrics.observe_overlap("grpc", hidden_s=0.0, exposed_s=0.0, share_ahead=0.0)
@@ -77,6 +82,7 @@ def _worker_metrics() -> Iterable[Metric]:
 
 def _router_metrics() -> Iterable[Metric]:
     metrics = RouterMetrics(CollectorRegistry())
+    export_price("router", metrics.registry, 0.0)
     metrics.count_end("stop")
     metrics.slo.set_objectives({"ttft": 2.0}, 0.99)
     metrics.stages.observe("prefill", 0.0, "r-1")

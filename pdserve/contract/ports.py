@@ -20,6 +20,7 @@ from typing import Protocol, TypeVar
 from pdserve.contract.errors import ErrorCode
 from pdserve.contract.ids import BlockId
 from pdserve.contract.messages import Message
+from pdserve.contract.model_work import Roofline
 from pdserve.contract.work import LayerRange, ModelInfo, PoolExport, StepBatch, StepCost, StepResult
 
 T = TypeVar("T")
@@ -158,6 +159,11 @@ class Engine(Protocol):
     @property
     def cost(self) -> StepCost:
         """Fitted by a short calibration at load."""
+        ...
+
+    @property
+    def roofline(self) -> Roofline:
+        """What its steps ask of the device, and what the device gives."""
         ...
 
     def step(self, batch: StepBatch, layers_done: LayersDone | None = None) -> StepResult:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pdserve.contract.errors import ConfigError
 from pdserve.contract.messages import PROTOCOL_VERSION
+from pdserve.contract.model_work import DevicePeak, ModelWork, Roofline
 from pdserve.contract.ports import LayersDone
 from pdserve.contract.work import ModelInfo, SampledToken, SequenceStep, StepBatch, StepCost, StepResult
 from pdserve.engine.attention import ATTENTION_NAME, PagedAttention
@@ -19,10 +20,12 @@ from pdserve.engine.attention_plan import AttentionPlan
 from pdserve.engine.attention_probe import AttentionShape, probe_attention
 from pdserve.engine.calibration import calibrate
 from pdserve.engine.checkpoint import Checkpoint, find_checkpoint
+from pdserve.engine.device_peak import find_peak
 from pdserve.engine.host import find_device
 from pdserve.engine.kv_pool import KvLayout, KvPool, plan_num_blocks, require_room
 from pdserve.engine.lean_decoder import LeanDecoder
 from pdserve.engine.model_loader import LoadedModel, load_model
+from pdserve.engine.model_shape import model_work
 from pdserve.engine.packed_experts import pack_experts
 from pdserve.engine.packed_linear import MIN_ROWS, pack_linears
 from pdserve.engine.ragged_batch import flatten
@@ -36,7 +39,9 @@ Progress = Callable[[str], None]
 class ModelEngine:
     """Implements `pdserve.contract.ports.Engine`. Make one with `load`."""
 
-    def __init__(self, loaded: LoadedModel, shape: AttentionShape, pool: KvPool, info: ModelInfo) -> None:
+    def __init__(
+        self, loaded: LoadedModel, shape: AttentionShape, pool: KvPool, info: ModelInfo, work: ModelWork
+    ) -> None:
         self._loaded = loaded
         self._model = loaded.model
         self._pool = pool
@@ -48,6 +53,7 @@ class ModelEngine:
         self._model.set_attn_implementation(ATTENTION_NAME)
         self._lean = LeanDecoder.find(loaded.model, shape, self._attention)
         self._cost = StepCost(0.0, 0.0, 0.0)
+        self._roofline = Roofline(work, DevicePeak(0.0, 0.0))
 
     @classmethod
     def load(cls, settings: EngineSettings, progress: Progress | None = None) -> "ModelEngine":
@@ -66,6 +72,7 @@ class ModelEngine:
         require_room(checkpoint.loaded_bytes(settings.dtype), settings, device)
         loaded = load_model(checkpoint, settings, device)
         shape = probe_attention(settings.model, loaded.model, loaded.config)
+        work = model_work(loaded.model, loaded.config, shape)
         reference = make_reference(loaded.model, int(loaded.config.vocab_size), loaded.max_model_len)
         if device.type == "cpu":
             tell("laying out weights")
@@ -76,11 +83,13 @@ class ModelEngine:
         )
         num_blocks = plan_num_blocks(layout, settings, device)
         info = _model_info(settings, checkpoint, loaded, layout, num_blocks)
-        engine = cls(loaded, shape, KvPool(layout, num_blocks, device), info)
+        engine = cls(loaded, shape, KvPool(layout, num_blocks, device), info, work)
         tell("checking against the model's own forward pass")
         engine._accept(settings, engine._check(settings, reference))
         tell("measuring steps")
         engine._cost = calibrate(engine.logits, info)
+        peak = find_peak(device, loaded.dtype, settings.peak_tflops, settings.peak_gb_per_s)
+        engine._roofline = Roofline(work, peak)
         return engine
 
     @property
@@ -94,6 +103,10 @@ class ModelEngine:
     @property
     def cost(self) -> StepCost:
         return self._cost
+
+    @property
+    def roofline(self) -> Roofline:
+        return self._roofline
 
     def step(self, batch: StepBatch, layers_done: LayersDone | None = None) -> StepResult:
         """Run one forward pass and sample where asked. Raises ValueError for a malformed batch."""

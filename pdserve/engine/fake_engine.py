@@ -19,6 +19,7 @@ import xxhash
 
 from pdserve.contract.block_names import blocks_for
 from pdserve.contract.ids import BlockId
+from pdserve.contract.model_work import DevicePeak, ModelWork, Roofline
 from pdserve.contract.ports import LayersDone
 from pdserve.contract.sampling import SamplingParams
 from pdserve.contract.tokens import TokenBytes, num_tokens, pack_tokens, unpack_tokens
@@ -38,6 +39,8 @@ from pdserve.engine.executor import Stage
 from pdserve.engine.layer_groups import group_stops
 
 DEFAULT_COST = StepCost(fixed_s=0.004, per_prefill_token_s=0.0001, per_decode_sequence_s=0.0002)
+
+FAKE_WEIGHTS = 1000
 
 _LANE_BYTES = 8
 """KV bytes of one token, layer and key or value: one KV head of two float32."""
@@ -95,6 +98,20 @@ class FakeEngine:
     @property
     def cost(self) -> StepCost:
         return self._cost
+
+    @property
+    def roofline(self) -> Roofline:
+        """As if it multiplied each token with FAKE_WEIGHTS weights, and attended with its one KV head."""
+        work = ModelWork(
+            num_weights=FAKE_WEIGHTS,
+            num_head_weights=0,
+            weight_bytes=4,
+            num_heads=1,
+            num_kv_heads=1,
+            head_dim=2,
+            windows=((None, self._num_layers),),
+        )
+        return Roofline(work, DevicePeak(flops_per_s=1e9, bytes_per_s=1e9))
 
     def step(self, batch: StepBatch, layers_done: LayersDone | None = None) -> StepResult:
         """Write all new KV into the pool, then sample from what stands there.

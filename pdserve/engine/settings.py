@@ -39,6 +39,10 @@ class EngineSettings:
     """Run Python code that comes with the checkpoint."""
     chunk_tokens: int = 512
     """Prefill chunks end at multiples of this, counted from token 0."""
+    peak_tflops: float | None = None
+    peak_gb_per_s: float | None = None
+    """What the device gives at most, 10**12 operations and 10**9 bytes a second. None: looked up or
+    measured."""
 
     def __post_init__(self) -> None:
         _require(bool(self.model), "model", "give a folder or a hub id")

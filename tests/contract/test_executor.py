@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pdserve.clock import LoopClock, VirtualClock, run_virtual
+from pdserve.contract.model_work import Roofline
 from pdserve.contract.ports import BlockStore, EngineExecutor, LayersDone
 from pdserve.contract.work import ModelInfo, StepBatch, StepCost, StepResult
 from pdserve.engine.executor import InlineExecutor, Stage, ThreadExecutor
@@ -36,6 +37,10 @@ class SlowEngine:
     @property
     def cost(self) -> StepCost:
         return StepCost(STEP_S, 0.0, 0.0)
+
+    @property
+    def roofline(self) -> Roofline:
+        raise NotImplementedError
 
     def step(self, batch: StepBatch, layers_done: LayersDone | None = None) -> StepResult:
         stages = self.stages(batch)

@@ -42,5 +42,7 @@ def pdserve() -> Iterator[Pdserve]:
 @pytest.fixture(scope="session")
 def ray_system(pdserve: Pdserve, chat_model: SmallModel) -> Iterator[RaySystem]:
     options = ["--port", "0", "--threads", "1", "--set", "engine.kv_memory=16MiB"]
+    for process, price in (("pools.prefill", 2.0), ("pools.decode", 3.0), ("router", 0.5)):
+        options += ["--set", f"{process}.price_per_hour={price}"]
     with pdserve.up("--model", str(chat_model.folder), *options) as up:
         yield RaySystem(pdserve, up, chat_model)

@@ -177,6 +177,18 @@ def test_slow_moments_name_their_requests(loaded: Prometheus, ray_system: RaySys
         assert report["request_id"] == request_id
 
 
+def test_prices_add_up(loaded: Prometheus) -> None:
+    (running,) = loaded.query("pdserve:price_per_hour:sum")
+    assert float(running["value"][1]) == 2.0 + 3.0 + 0.5
+
+
+def test_utilisation_is_a_share(loaded: Prometheus) -> None:
+    for name in ("engine_busy", "model_flops", "memory_bandwidth"):
+        shares = [float(s["value"][1]) for s in loaded.query(f"max_over_time(pdserve:{name}:ratio[5m])")]
+        assert len(shares) == 2, name  # of the two workers
+        assert all(0 < share < 1 for share in shares), (name, shares)
+
+
 def test_nothing_alarms_in_a_healthy_system(loaded: Prometheus) -> None:
     assert loaded.query('ALERTS{alertstate="firing"}') == []
 

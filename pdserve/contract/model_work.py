@@ -1,0 +1,113 @@
+"""What a model's arithmetic asks of a device, step by step, and the most that a device gives: utilisation is
+the one over the other. Pure.
+
+It counts what no implementation can do without: multiplications with weights and attention, each weight read
+once a step, and the KV of each token once a step by every sequence that looks at it. So a step that computes
+or reads more than it has to shows as lower utilisation.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pdserve.contract.work import SequenceStep, StepBatch
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """Of one step."""
+
+    flops: float
+    """A multiplication and an addition count as two."""
+    num_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The experts of all mixture layers together; none: `count` 0."""
+
+    count: int = 0
+    """In each layer."""
+    per_token: int = 0
+    """How many of them a token is sent to."""
+    num_weights: float = 0.0
+
+    def share_used(self, num_tokens: int) -> float:
+        """Of the weights, that a step of so many tokens reads when each expert is equally likely."""
+        return 1 - (1 - self.per_token / self.count) ** num_tokens if self.count else 0.0
+
+    @property
+    def num_weights_per_token(self) -> float:
+        return self.num_weights * self.per_token / self.count if self.count else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWork:
+    """What a step takes, from the shapes of the model."""
+
+    num_weights: float
+    """That every token is multiplied with: all but embeddings, experts, vectors and the model's head."""
+    num_head_weights: float
+    """Of the language-modelling head, which only sampled rows are multiplied with."""
+    weight_bytes: int
+    """Of one weight."""
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    windows: tuple[tuple[int | None, int], ...]
+    """How many layers see how many of the last tokens; None: all."""
+    experts: Experts = Experts()
+
+    def of(self, batch: StepBatch) -> StepWork:
+        """flops = 2 * (weights * tokens + head weights * sampled rows)
+        + 4 * layers * heads * head dim * (pairs of a new token and one that it sees);
+        bytes = weight bytes * (weights + 2 * layers * KV heads * head dim * (tokens whose KV is read or
+        written)). KV is taken to be as wide as weights."""
+        num_tokens = batch.num_new_tokens
+        num_sampled = sum(sequence.sample is not None for sequence in batch.sequences)
+        weights_per_token = self.num_weights + self.experts.num_weights_per_token
+        flops = 2 * (weights_per_token * num_tokens + self.num_head_weights * num_sampled)
+        num_read = self.num_weights + self.experts.num_weights * self.experts.share_used(num_tokens)
+        num_read += self.num_head_weights * (num_sampled > 0)
+        for window, num_layers in self.windows:
+            flops += 4 * num_layers * self.num_heads * self.head_dim * _num_pairs(batch.sequences, window)
+            num_read += 2 * num_layers * self.num_kv_heads * self.head_dim * _num_kv(batch.sequences, window)
+        return StepWork(flops, num_read * self.weight_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePeak:
+    """The most that a device gives."""
+
+    flops_per_s: float
+    """In the model's dtype, dense."""
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """A model on a device."""
+
+    work: ModelWork
+    peak: DevicePeak
+
+
+def _num_pairs(sequences: Iterable[SequenceStep], window: int | None) -> int:
+    """Of a new token and one that it sees, itself included."""
+    return sum(
+        _num_seen(sequence.start + sequence.num_new_tokens, window) - _num_seen(sequence.start, window)
+        for sequence in sequences
+    )
+
+
+def _num_seen(length: int, window: int | None) -> int:
+    """How many tokens all tokens of a sequence see together: 1 + 2 + 3 + ..., none more than `window`."""
+    growing = length if window is None else min(length, window)
+    return growing * (growing + 1) // 2 + (length - growing) * growing
+
+
+def _num_kv(sequences: Iterable[SequenceStep], window: int | None) -> int:
+    """Tokens whose KV is read, because a new one sees them, or written, because they are new."""
+    return sum(
+        (sequence.start if window is None else min(sequence.start, window - 1)) + sequence.num_new_tokens
+        for sequence in sequences
+    )
