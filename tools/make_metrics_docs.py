@@ -30,8 +30,31 @@ the pools; [deploy/prometheus](../deploy/prometheus) has a configuration with ru
 comes from is in the scrape target's labels (`instance`, `system`); the labels below are bounded: never a
 request, a tenant or a worker.
 
-A histogram is exported as `_bucket`, `_sum` and `_count`. This page is generated from
-[`pdserve/metrics.py`](../pdserve/metrics.py) by `tools/make_metrics_docs.py`; do not edit it.
+A histogram is exported as `_bucket`, `_sum` and `_count`. Whoever asks for the OpenMetrics format, as
+Prometheus does, also gets exemplars: the routers' histograms of times name a request of each bucket, whose
+[report](api.md#reports-for-operators) says where its time went (`GET /admin/requests/{id}`). Prometheus keeps
+them with `--enable-feature=exemplar-storage`.
+
+This page is generated from [`pdserve/metrics.py`](../pdserve/metrics.py) and what it is put together from by
+`tools/make_metrics_docs.py`; do not edit it.
+
+## What follows from them
+
+The recording rules in [deploy/prometheus/rules.yml](../deploy/prometheus/rules.yml) derive what dashboards
+and alerts are about:
+
+- **Goodput**: requests per second with `result="good"` of `pdserve_slo_requests_total`, that is, answered to
+  the end within every objective of [`slo`](configuration.md#slo). [`Objectives`](../router/objectives.py)
+  judges as `pdserve bench` does, but from a request's admission to the arrival of its tokens at the router.
+- **Error budget burn**: the share of bad requests over (1 - `slo.target`). At 1 as many are bad as may be.
+- **Utilisation**: `pdserve_engine_flops_total` and `pdserve_engine_memory_bytes_total` per second over the
+  peak of the device. [`ModelWork`](../pdserve/contract/model_work.py) has the formula: what the model's
+  shapes ask for, not what was executed.
+- **Peak of a device**: `engine.peak_tflops` and `engine.peak_gb_per_s`, else the data sheet of a known GPU,
+  else measured at load with the worker's own threads ([`find_peak`](../pdserve/engine/device_peak.py)).
+  Workers that share a machine's memory cannot all reach it at once.
+- **Cost**: the prices of the processes that Prometheus reaches over what the routers delivered in the last
+  five minutes. Idle time is paid for; processes that still load are not in it.
 """
 
 TABLE_HEAD = "| name | type | labels | meaning |\n|---|---|---|---|"
