@@ -59,10 +59,17 @@ class Seen:
 
     def __init__(self) -> None:
         self.ended: list[tuple[str, str, int]] = []
+        self.timed: list[tuple[str, str]] = []
         self.end = asyncio.Event()
 
     def on_request_start(self, api: str) -> None:
         self.end.clear()
+
+    def on_tokenised(self, api: str, seconds: float) -> None:
+        self.timed.append(("tokenised", api))
+
+    def on_first_event(self, api: str, seconds: float) -> None:
+        self.timed.append(("first event", api))
 
     def on_request_end(self, api: str, code: str, status: int) -> None:
         self.ended.append((api, code, status))
@@ -154,6 +161,7 @@ async def test_generate(system: System) -> None:
         len(system.ids("the fox")),
         len(ids),
     )
+    assert system.seen.timed == [("tokenised", "grpc")]
     assert answer.usage.cached_tokens == 3
     assert not answer.prompt_token_ids
     assert not answer.choices[0].token_ids
@@ -164,6 +172,7 @@ async def test_generate_stream_says_the_same(system: System) -> None:
     ids = [*system.ids(" hello 😀"), END]
     system.desk.script = lambda request: say(ids)
     chunks = await read_all(system, pb.GenerateRequest(text="the fox"))
+    assert system.seen.timed == [("tokenised", "grpc"), ("first event", "grpc")]
     assert "".join(chunk.choice.text for chunk in chunks) == " hello 😀"
     assert [chunk.choice.finish_reason for chunk in chunks[-2:]] == [pb.FINISH_REASON_STOP, 0]
     assert [chunk.HasField("usage") for chunk in chunks] == [False] * (len(chunks) - 1) + [True]

@@ -46,10 +46,17 @@ class Seen:
     def __init__(self) -> None:
         self.started: list[str] = []
         self.ended: list[tuple[str, str, int]] = []
+        self.timed: list[tuple[str, str]] = []
         self.end = asyncio.Event()
 
     def on_request_start(self, api: str) -> None:
         self.started.append(api)
+
+    def on_tokenised(self, api: str, seconds: float) -> None:
+        self.timed.append(("tokenised", api))
+
+    def on_first_event(self, api: str, seconds: float) -> None:
+        self.timed.append(("first event", api))
 
     def on_request_end(self, api: str, code: str, status: int) -> None:
         self.ended.append((api, code, status))
@@ -148,6 +155,7 @@ async def test_a_streamed_completion_says_the_same(system: System) -> None:
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == len(ids)
     assert len({(chunk.id, chunk.created, chunk.model, chunk.object) for chunk in chunks}) == 1
+    assert system.seen.timed == [("tokenised", "completions"), ("first event", "completions")]
 
 
 async def test_without_include_usage_no_chunk_has_it(system: System) -> None:
