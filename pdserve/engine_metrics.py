@@ -72,7 +72,7 @@ class EngineMetrics:
         work = self._work.of(batch)
         self._seconds.labels(self._pool, _kind(batch)).observe(seconds)
         self._sequences.observe(len(batch.sequences))
-        self._tokens.observe(batch.num_new_tokens)
+        self._tokens.observe(work.num_tokens)
         self._flops.inc(work.flops)
         self._bytes.inc(work.num_bytes)
 
@@ -90,7 +90,7 @@ def export_price(pool: str, registry: CollectorRegistry, price_per_hour: float |
 
 
 def _kind(batch: StepBatch) -> str:
-    generating = {sequence.as_decode for sequence in batch.sequences}
-    if len(generating) > 1:
-        return "mixed"
-    return "decode" if True in generating else "prefill"
+    num_generating = len([None for sequence in batch.sequences if sequence.as_decode])
+    if num_generating == 0:
+        return "prefill"
+    return "decode" if num_generating == len(batch.sequences) else "mixed"

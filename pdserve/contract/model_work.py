@@ -6,16 +6,18 @@ once a step, and the KV of each token once a step by every sequence that looks a
 or reads more than it has to shows as lower utilisation.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pdserve.contract.work import SequenceStep, StepBatch
+from pdserve.contract.work import StepBatch
 
 
 @dataclass(frozen=True, slots=True)
 class StepWork:
     """Of one step."""
 
+    num_tokens: int
+    """New ones."""
     flops: float
     """A multiplication and an addition count as two."""
     num_bytes: float
@@ -62,16 +64,17 @@ class ModelWork:
         + 4 * layers * heads * head dim * (pairs of a new token and one that it sees);
         bytes = weight bytes * (weights + 2 * layers * KV heads * head dim * (tokens whose KV is read or
         written)). KV is taken to be as wide as weights."""
-        num_tokens = batch.num_new_tokens
-        num_sampled = sum(sequence.sample is not None for sequence in batch.sequences)
+        parts = [(sequence.start, sequence.num_new_tokens) for sequence in batch.sequences]
+        num_tokens = sum([num_new for _, num_new in parts])
+        num_sampled = len([None for sequence in batch.sequences if sequence.sample is not None])
         weights_per_token = self.num_weights + self.experts.num_weights_per_token
         flops = 2 * (weights_per_token * num_tokens + self.num_head_weights * num_sampled)
         num_read = self.num_weights + self.experts.num_weights * self.experts.share_used(num_tokens)
         num_read += self.num_head_weights * (num_sampled > 0)
         for window, num_layers in self.windows:
-            flops += 4 * num_layers * self.num_heads * self.head_dim * _num_pairs(batch.sequences, window)
-            num_read += 2 * num_layers * self.num_kv_heads * self.head_dim * _num_kv(batch.sequences, window)
-        return StepWork(flops, num_read * self.weight_bytes)
+            flops += 4 * num_layers * self.num_heads * self.head_dim * _num_pairs(parts, window)
+            num_read += 2 * num_layers * self.num_kv_heads * self.head_dim * _num_kv(parts, window)
+        return StepWork(num_tokens, flops, num_read * self.weight_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,23 +94,25 @@ class Roofline:
     peak: DevicePeak
 
 
-def _num_pairs(sequences: Iterable[SequenceStep], window: int | None) -> int:
+Parts = Sequence[tuple[int, int]]
+"""Of sequences: where the new tokens start, and how many they are."""
+
+
+def _num_pairs(parts: Parts, window: int | None) -> int:
     """Of a new token and one that it sees, itself included."""
-    return sum(
-        _num_seen(sequence.start + sequence.num_new_tokens, window) - _num_seen(sequence.start, window)
-        for sequence in sequences
-    )
+    if window is None:
+        return sum([num_new * start + num_new * (num_new + 1) // 2 for start, num_new in parts])
+    return sum([_num_seen(start + num_new, window) - _num_seen(start, window) for start, num_new in parts])
 
 
-def _num_seen(length: int, window: int | None) -> int:
+def _num_seen(length: int, window: int) -> int:
     """How many tokens all tokens of a sequence see together: 1 + 2 + 3 + ..., none more than `window`."""
-    growing = length if window is None else min(length, window)
+    growing = min(length, window)
     return growing * (growing + 1) // 2 + (length - growing) * growing
 
 
-def _num_kv(sequences: Iterable[SequenceStep], window: int | None) -> int:
+def _num_kv(parts: Parts, window: int | None) -> int:
     """Tokens whose KV is read, because a new one sees them, or written, because they are new."""
-    return sum(
-        (sequence.start if window is None else min(sequence.start, window - 1)) + sequence.num_new_tokens
-        for sequence in sequences
-    )
+    if window is None:
+        return sum([start + num_new for start, num_new in parts])
+    return sum([min(start, window - 1) + num_new for start, num_new in parts])
