@@ -19,7 +19,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series pe
 
 _LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _REQUEST_S = (*_LATENCY_S, 120, 300, 600)
-_STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 5)
+_INTER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 5)
 _TRANSFER_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _SHARES = (0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 1)
 
@@ -227,7 +227,7 @@ class RouterMetrics:
         self.inter_token = Histogram(
             "pdserve_inter_token_seconds",
             "Between the arrival of two output tokens of one request at the router.",
-            buckets=_STEP_S,
+            buckets=_INTER_TOKEN_S,
             registry=registry,
         )
         self.end_to_end = Histogram(
