@@ -6,7 +6,7 @@ from random import Random
 from starlette.applications import Starlette
 
 from pdserve.clock import LoopClock, SeededRng
-from pdserve.contract.ids import Incarnation, RouterId, SubmitNumber, WorkerId
+from pdserve.contract.ids import Incarnation, RequestId, RouterId, SubmitNumber, WorkerId
 from pdserve.contract.messages import Hello, Member, Members, Report, Role, WorkerLoad, WorkerState
 from pdserve.contract.work import BlockCounts, ModelInfo
 from pdserve.engine.fake_engine import DEFAULT_COST, FakeEngine
@@ -15,6 +15,7 @@ from pdserve.rpc.memory_rpc import MemoryNetwork, MemoryRpc
 from router.admin.api import create_admin_app
 from router.admin.state import LiveState
 from router.http_server import HttpServer, serve_http
+from router.request_reports import AttemptReport, Origin, RequestReport
 from router.router import Router
 
 NUM_BLOCKS = 1000
@@ -98,3 +99,53 @@ class ImaginedFleet:
             fleet.hello(view, hello)
             fleet.connected(view)
             self.report(member.worker_id, IDLE)
+
+
+class ImaginedRequest:
+    """One of the router's that nobody serves."""
+
+    def __init__(self, fleet: ImaginedFleet, request_id: str) -> None:
+        self.request_id = RequestId(request_id)
+        self.num_tokens = 0
+        """Of its output, so far."""
+        self._router = fleet.router
+        self._arrived_at = LoopClock().unix_time()
+        self._router.metrics.running_requests.inc()
+        self._router.reports.begin(self)
+
+    def report(self) -> RequestReport:
+        return self._report(outcome=None, ended_s=None)
+
+    def end(self) -> None:
+        self._router.metrics.running_requests.dec()
+        self._router.reports.end(self._report(outcome="length", ended_s=2.0))
+
+    def _report(self, outcome: str | None, ended_s: float | None) -> RequestReport:
+        attempt = AttemptReport(
+            number=1,
+            decode_worker=WorkerId("decode-0"),
+            prefill_worker=WorkerId("prefill-0"),
+            placement="imagined",
+            submitted_s=0.001,
+            first_token_s=0.5,
+            ended_s=ended_s,
+            end=outcome,
+            message=None,
+            timings=None,
+        )
+        return RequestReport(
+            request_id=self.request_id,
+            origin=Origin(),
+            arrived_at=self._arrived_at,
+            num_prompt_tokens=1000,
+            num_output_tokens=self.num_tokens,
+            attempts=(attempt,),
+            num_attempts=1,
+            recoveries={},
+            first_token_s=0.5,
+            second_token_s=0.55,
+            last_token_s=ended_s,
+            ended_s=ended_s,
+            outcome=outcome,
+            message=None,
+        )

@@ -83,7 +83,7 @@ class LocalSystem:
         self._grpc: GrpcApi | None = None
         self._admin: HttpServer | None = None
         self._admin_app: ASGIApp | None = None
-        self.live = LiveState(self.router, LoopClock(), "small", "chat")
+        self.live = LiveState(self.router, LoopClock(), engine.served_name or "small", "chat")
         self._epoch = 0
 
     @property

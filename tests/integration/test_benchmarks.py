@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import engine as benchmark
-from benchmarks import overlap
+from benchmarks import live_page, overlap
 from benchmarks.conditions import conditions
 from benchmarks.replay import read_workload
 from benchmarks.splitting import measure
@@ -16,6 +16,7 @@ from benchmarks.splitting_plan import Plan
 from benchmarks.splitting_results import Results
 from pdserve.engine.engine import ModelEngine
 from pdserve.engine.settings import EngineSettings
+from tests.browser import needs_browser
 from tests.ray_cluster import private_pdserve
 
 TINY = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2}
@@ -81,6 +82,14 @@ def test_arrangements_get_the_same_requests_and_the_results_go_on_where_they_end
     capsys.readouterr()
     measure(plan, workloads, Results(file, plan, workloads))
     assert capsys.readouterr().out == "all of it is measured already\n"
+
+
+@needs_browser
+async def test_the_live_page_is_watched_idle_and_busy() -> None:
+    told = await live_page.measure(num_workers=4, seconds=0.5)
+    runs = [(run["page"], run["slowdown"]) for run in told["runs"]]
+    assert runs == [("idle", 1), ("everything changes", 1), ("everything changes", 4)]
+    assert all(run["frames_per_s"] > 0 for run in told["runs"])
 
 
 def test_it_tells_where_and_how_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:

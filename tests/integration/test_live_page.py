@@ -13,7 +13,7 @@ from playwright.async_api import Browser, Page, expect
 
 from pdserve.engine.settings import EngineSettings
 from tests.browser import chromium, needs_browser
-from tests.imagined_fleet import IDLE, ImaginedFleet
+from tests.imagined_fleet import IDLE, ImaginedFleet, ImaginedRequest
 from tests.local_system import ADMIN_TOKEN, LocalSystem
 from tests.small_models import SmallModel
 
@@ -27,6 +27,14 @@ NOTE_CHANGES = """() => {
     const watcher = new MutationObserver((records) => window.changed.push(...records.map(nameOf)));
     const anything = { subtree: true, childList: true, characterData: true, attributes: true };
     watcher.observe(document.getElementById("fleet"), anything);
+}"""
+NOTE_CHANGED_ROWS = """() => {
+    window.changed = [];
+    const nameOf = ({ target }) => (target.closest ? target : target.parentElement)
+        .closest("#recent-requests > li").querySelector("[data-field=id]").textContent;
+    const watcher = new MutationObserver((records) => window.changed.push(...records.map(nameOf)));
+    const anything = { subtree: true, childList: true, characterData: true, attributes: true };
+    watcher.observe(document.getElementById("recent-requests"), anything);
 }"""
 FAINT_TEXTS = Path(__file__).parents[1].joinpath("contrast.js").read_text()
 
@@ -220,6 +228,34 @@ async def test_of_100_workers_only_what_changes_is_written(browser: Browser) -> 
         changed = await page.evaluate("window.changed")
         await page.close()
     assert set(changed) == {"decode-31", "Decode 50 of 50 workers ready"}
+
+
+async def test_of_recent_requests_only_what_changes_is_written(browser: Browser) -> None:
+    async with ImaginedFleet(1, 1) as fleet:
+        running = ImaginedRequest(fleet, "running")
+        for number in range(19):
+            ImaginedRequest(fleet, f"ended-{number}").end()
+        page = await (await browser.new_context()).new_page()
+        await page.goto(fleet.url)
+        await expect(page.locator("#recent-requests > li")).to_have_count(20)
+        await page.evaluate(NOTE_CHANGED_ROWS)
+        running.num_tokens = 777
+        await expect(page.get_by_text("777 out")).to_be_visible()
+        changed = await page.evaluate("window.changed")
+        await page.close()
+    assert set(changed) == {"running"}
+
+
+async def test_a_request_that_was_refused_at_the_door_is_a_row_too(page: Page, system: LocalSystem) -> None:
+    await the_answer(system, 8)
+    async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
+        await client.post(f"{system.url}/v1/chat/completions", content="{")
+    await open_page(page, system)
+    rows = page.get_by_role("region", name="Recent requests").locator("summary")
+    await expect(rows).to_have_count(2)
+    await expect(rows.first).to_contain_text("invalid_request")
+    await rows.first.click()
+    await expect(page.get_by_text("the client was told what is wrong")).to_be_visible()
 
 
 async def test_what_the_router_refuses_is_told(page: Page, system: LocalSystem) -> None:

@@ -60,7 +60,7 @@ class RequestRow {
   update({ report, now }) {
     const { fields } = this;
     const ended_s = report.ended_s ?? now - report.arrived_at;
-    fields.text("time", new Date(report.arrived_at * 1000).toLocaleTimeString());
+    fields.text("time", timeOf(report.arrived_at));
     fields.text("outcome", report.outcome ?? report.state);
     fields.attribute("outcome", "data-outcome", kindOf(report));
     fields.text("size", sizeOf(report));
@@ -84,6 +84,11 @@ class AttemptRow {
   update(attempt) {
     this.fields.text("text", describe(attempt));
   }
+}
+
+/** By the 24-hour clock, so that it takes the same room everywhere. */
+function timeOf(unix_s) {
+  return new Date(unix_s * 1000).toLocaleTimeString([], { timeStyle: "medium", hourCycle: "h23" });
 }
 
 function sizeOf(report) {
