@@ -219,3 +219,41 @@ def test_who_has_no_answer_yet_gets_it_from_the_next_model() -> None:
             await system.at_rest()
 
     run_virtual(story())
+
+
+async def leave_and_come(system: MemorySystem, random: Random) -> None:
+    """A worker leaves, or dies while it is leaving, and another takes its place."""
+    name = random.choice(list(system.workers))
+    worker = system.workers[name]
+    if random.random() < 0.3:
+        worker.drain(random.uniform(0.0, 0.1))
+        await system.clock.sleep(random.uniform(0.0, 0.05))
+        await system.bury(system.kill(name))
+    else:
+        await system.drain(name, random.choice([0.0, random.uniform(0.0, 0.1), NEVER_S]))
+    await system.clock.sleep(random.uniform(0.0, 0.1))
+    await system.start_worker(name, worker.role)
+    system.push_members()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_workers_come_and_go_at_any_moment(seed: int) -> None:
+    async def story() -> None:
+        random = Random(seed)
+        sampling = SamplingParams(max_tokens=40, temperature=random.choice([0.0, 1.0]))
+        async with MemorySystem(num_prefill=2, num_decode=2, num_blocks=120, seed=seed) as system:
+            prompts = [prompt_of(random.randrange(1, 60), seed=i) for i in range(16)]
+            expected = [system.expected(prompt, sampling) for prompt in prompts]
+
+            async def ask(prompt: list[int]) -> list[int]:
+                await system.clock.sleep(random.uniform(0.0, 1.0))
+                return await system.generate(prompt, sampling)
+
+            asking = [asyncio.create_task(ask(prompt)) for prompt in prompts]
+            for _ in range(6):
+                await system.clock.sleep(random.uniform(0.0, 0.2))
+                await leave_and_come(system, random)
+            assert await asyncio.gather(*asking) == expected
+            await system.at_rest()
+
+    run_virtual(story())
