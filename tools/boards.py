@@ -194,10 +194,14 @@ def dashboards() -> tuple[Dashboard, ...]:
             (
                 (
                     "attempts",
-                    ratio(rate("pdserve_router_attempts_total"), rate("pdserve_router_requests_total")),
+                    ratio(
+                        rate("pdserve_router_attempts_total"),
+                        f"({rate('pdserve_router_attempts_total')} - "
+                        f"({rate('pdserve_router_recoveries_total')} or vector(0)))",
+                    ),
                 ),
             ),
-            "1 when nothing has to be placed again.",
+            "Attempts for each first attempt: 1 when nothing has to be placed again.",
         ),
         Panel(
             "End to end",

@@ -4,6 +4,7 @@ python -m tools.plot_dashboards --prometheus http://127.0.0.1:9090 --minutes 5 F
 """
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -58,7 +59,7 @@ def plot(dashboard: Dashboard, history: History, path: Path) -> None:
         _draw(panel, history, axis)
     for axis in axes.flat[len(dashboard.panels) :]:
         axis.set_visible(False)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.98))
     figure.savefig(path, dpi=70)
     pyplot.close(figure)
 
@@ -73,14 +74,13 @@ def _draw(panel: Panel, history: History, axis: "Axes") -> None:
     if 0 < len(axis.lines) <= MAX_LEGENDS:
         axis.legend(fontsize=7)
     axis.set_xlim(0, history.seconds)
-    axis.set_ylim(bottom=0)
+    top = axis.get_ylim()[1]
+    axis.set_ylim(bottom=-0.03 * top)  # so that a line at 0 is seen
 
 
 def _filled_in(legend: str, labels: Mapping[str, str]) -> str:
-    """As Grafana does it: {{name}} becomes that label's value."""
-    for name, value in labels.items():
-        legend = legend.replace(f"{{{{{name}}}}}", value)
-    return legend
+    """As Grafana does it: {{name}} becomes that label's value, or `name` where there is none."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: labels.get(match[1], match[1]), legend)
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ from pdserve.contract.model_work import DevicePeak
 
 _MATRIX_ROWS = {"cpu": 512, "cuda": 8192}
 _VECTOR_PRODUCT_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
-_REPEATS = 3
+_REPEATS = 10
 
 
 @dataclass(frozen=True, slots=True)
