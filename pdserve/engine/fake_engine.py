@@ -305,7 +305,7 @@ class _KvChain:
     def append(self, token: int) -> bytes:
         """KV bytes of the next token: one lane per layer and key or value, each different."""
         cause = _mix(self.state, token, self._position)
-        kv = b"".join(xxhash.xxh3_64_digest(key, cause) for key in self._lane_keys)
+        kv = b"".join([xxhash.xxh3_64_digest(key, cause) for key in self._lane_keys])
         self._all_bytes.update(kv)
         self._position += 1
         return kv

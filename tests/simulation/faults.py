@@ -11,7 +11,7 @@ from pdserve.contract.ports import Call
 from pdserve.handoff.prefill_job import PrefillJob
 from pdserve.rpc.memory_rpc import Leg
 from tests.simulation.clients import Client, Outcome
-from tests.simulation.coverage import MESSAGE_FAULTS, Coverage, Stage
+from tests.simulation.coverage import MESSAGE_FAULTS, Combination, Coverage, Stage
 from tests.simulation.network import Armed, Attempt
 from tests.simulation.scenario import Aim
 from tests.simulation.system import DECODE, PREFILL, ROUTERS, SimulatedSystem
@@ -116,23 +116,25 @@ class Faults:
 
     def _targets(self, aim: Aim, host: str) -> Iterator[Target]:
         needed = aim.at.event.split()[0]
-        for target, state in self._things(aim.at.role, host):
-            if state == aim.at.state and (needed not in _PEERS or needed in target.peers):
+        for target in self._things(aim.at, host):
+            if needed not in _PEERS or needed in target.peers:
                 yield target
 
-    def _things(self, role: str, host: str) -> Iterator[tuple[Target, str]]:
-        """All of a role at a host, with their states."""
-        if role == "decode":
+    def _things(self, at: Combination, host: str) -> Iterator[Target]:
+        """All of that role at a host that are in that state."""
+        if at.role == "decode":
             for request in self._system.decode_requests(host):
-                yield Target(host, request.submit.request_id, _peers_of(request)), request.phase
-        elif role == "prefill":
+                if request.phase == at.state:
+                    yield Target(host, request.submit.request_id, _peers_of(request))
+        elif at.role == "prefill":
             for job in self._system.jobs(host):
-                peers = {"taker": str(job.request.decode_worker_id)}
-                yield Target(host, job.request.request_id, peers), job.state
+                if job.state == at.state:
+                    peers = {"taker": str(job.request.decode_worker_id)}
+                    yield Target(host, job.request.request_id, peers)
         else:
             for client in self._live_clients():
-                if client.router == host:
-                    yield Target(host, client.request_id, self._peers_of_client(client)), client.stage
+                if client.router == host and client.stage == at.state:
+                    yield Target(host, client.request_id, self._peers_of_client(client))
 
     def _anybody(self, aim: Aim) -> Target:
         """For a fault that has waited too long."""
