@@ -5,7 +5,7 @@ import pytest
 from tests.simulation.mutations.catalogue import MUTATIONS, Mutation
 from tests.simulation.mutations.hunt import ROOT, hunt
 
-QUICKLY_FOUND = ("free before the step boundary", "a broken Session leaves its requests running")
+QUICKLY_FOUND = ("publish before proven", "a broken Session leaves its requests running")
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
