@@ -46,6 +46,7 @@ bench: $(VENV)/.installed-dev  ## the benchmarks in their short form
 	$(BIN)/python -m benchmarks.engine --smoke
 	$(BIN)/python -m benchmarks.handoff --smoke
 	$(BIN)/python -m benchmarks.overlap --smoke
+	$(BIN)/python -m benchmarks.router --smoke
 
 simulate-faults: $(VENV)/.installed-dev  ## whole systems with faults in virtual time; ARGS="--seeds 0:500 --jobs 2"
 	$(BIN)/python -m tests.simulation --seeds 0:20000 --jobs 2 --results benchmarks/results/simulation.json $(ARGS)

@@ -19,6 +19,7 @@ from pdserve.contract.ports import Call, Clock, Engine, EngineExecutor, Handler,
 from pdserve.contract.tracing import NO_TRACER, Tracer
 from pdserve.contract.work import BlockCounts, StepCost
 from pdserve.engine.block_allocator import BlockAllocator
+from pdserve.engine.step_pace import StepPace
 from pdserve.engine.watchdog import WatchedExecutor
 from pdserve.handoff.ledger import BlockHold, BlockLedger
 from pdserve.handoff.sending import PrefillSource, SendingSettings
@@ -46,6 +47,7 @@ class Loop(Protocol):
     num_steps: int
     prefill_tokens_per_s: float
     decode_step_s: float
+    pace: StepPace
 
     @property
     def running_sequences(self) -> int: ...
@@ -150,6 +152,8 @@ class Worker:
             last_submit=self._sessions.last_submit(watcher) if self._sessions else SubmitNumber(0),
             prefill_tokens_per_s=self.loop.prefill_tokens_per_s,
             decode_step_s=self.loop.decode_step_s,
+            prefill_slowdown=self.loop.pace.prefill_slowdown,
+            decode_slowdown=self.loop.pace.decode_slowdown,
         )
 
     def block_counts(self) -> BlockCounts:

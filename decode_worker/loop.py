@@ -37,6 +37,7 @@ from pdserve.contract.work import (
     TokenLogprobs,
 )
 from pdserve.engine.chunking import PromptProgress, chunk_tokens_within
+from pdserve.engine.step_pace import StepPace
 from pdserve.handoff.bounds import check_submit
 from pdserve.handoff.ledger import BlockHold, BlockLedger
 from pdserve.handoff.prefill_job import JobState, PrefillJob
@@ -99,6 +100,7 @@ class DecodeLoop:
         self.num_steps = 0
         self.prefill_tokens_per_s = 0.0
         self.decode_step_s = 0.0
+        self.pace = StepPace(cost)
         self.draining = False
         """Whoever submits is refused."""
         self._worker_id = worker_id
@@ -306,6 +308,7 @@ class DecodeLoop:
                 in_use.enter_context(hold.in_use())
             result = await self._executor.step(batch, self._calls.follow_layers(ending))
         self.num_steps += 1
+        self.pace.note(batch, result.seconds)
         if not plan.decoding:
             self.prefill_tokens_per_s = batch.num_new_tokens / max(result.seconds, 1e-9)
         elif not (plan.prefilling or plan.jobs):

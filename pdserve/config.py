@@ -192,7 +192,13 @@ class AdminConfig(Section):
 
 
 PolicyName = Literal[
-    "longest_prefix", "round_robin", "least_loaded", "power_of_two", "sglang_cache_aware", "dynamo"
+    "predicted",
+    "longest_prefix",
+    "round_robin",
+    "least_loaded",
+    "power_of_two",
+    "sglang_cache_aware",
+    "dynamo",
 ]
 
 
@@ -208,8 +214,10 @@ class RouterConfig(Section):
     grpc_port: Port | None = 0
     """The gRPC API; 0 picks a free port, `null` turns it off."""
     policy: PolicyName = "longest_prefix"
-    """How requests are placed: `longest_prefix` weighs prompt tokens held against tokens queued. The others
-    are to compare with: three that look at no cache, and what SGLang's and Dynamo's routers do."""
+    """How requests are placed. `predicted` takes what it predicts to be fastest, for this request and those
+    that run already: split, or at the decode worker alone. `longest_prefix` always splits where it can, and
+    weighs prompt tokens held against tokens queued. The others are to compare with: three that look at no
+    cache, and what SGLang's and Dynamo's routers do."""
     queue_timeout_s: PositiveSeconds = 60.0
     """How long a request without a deadline waits for a worker that can take it."""
     first_token_timeout_s: PositiveSeconds = 600.0

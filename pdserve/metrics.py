@@ -21,6 +21,7 @@ _LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _REQUEST_S = (*_LATENCY_S, 120, 300, 600)
 _INTER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 5)
 _TRANSFER_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_PREDICTION_RATIOS = (0.25, 0.5, 0.67, 0.8, 0.9, 1.1, 1.25, 1.5, 2, 4)
 _SHARES = (0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 1)
 
 
@@ -276,6 +277,15 @@ class RouterMetrics:
             ["kind"],
             registry=registry,
         )
+        self._prediction_ratio = Histogram(
+            "pdserve_router_prediction_ratio",
+            "How long an attempt's first or second token took from its submission, divided by what placement "
+            "had predicted; by token and by who computed the prompt: a prefill worker (split), or the decode "
+            "worker itself (local).",
+            ["token", "placement"],
+            buckets=_PREDICTION_RATIOS,
+            registry=registry,
+        )
         self._open_requests = Gauge(
             "pdserve_api_open_requests", "Client requests being answered.", ["api"], registry=registry
         )
@@ -296,6 +306,10 @@ class RouterMetrics:
     def count_refusal(self, limit: str) -> None:
         """`limit` is a field of `router.admission.AdmissionLimits`."""
         self._refusals.labels(limit).inc()
+
+    def observe_prediction(self, token: str, placement: str, actual_s: float, predicted_s: float) -> None:
+        """`token` is ``first`` or ``second``, `placement` ``split`` or ``local``."""
+        self._prediction_ratio.labels(token, placement).observe(actual_s / max(predicted_s, 1e-9))
 
     def count_end(self, outcome: str) -> None:
         """`outcome` is a finish reason or an error code."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pdserve.contract.ports import Clock, EngineExecutor
 from pdserve.contract.work import ModelInfo, StepBatch, StepCost, StepResult
 from pdserve.engine.chunking import PromptProgress, chunk_tokens_within
+from pdserve.engine.step_pace import StepPace
 from pdserve.handoff.ledger import BlockLedger
 from pdserve.handoff.prefill_job import JobState, PrefillJob
 from pdserve.handoff.sending import PrefillSource
@@ -40,6 +41,7 @@ class PrefillLoop:
         """`work` is set by whoever brings or changes work (the source's `wake`)."""
         self.num_steps = 0
         self.prefill_tokens_per_s = 0.0
+        self.pace = StepPace(cost)
         self.decode_step_s = 0.0  # it never decodes
         self._info = info
         self._cost = cost
@@ -105,6 +107,7 @@ class PrefillLoop:
                 in_use.enter_context(chunk.job.hold.in_use())
             result = await self._executor.step(batch, self._source.follow_layers(ending))
         self.num_steps += 1
+        self.pace.note(batch, result.seconds)
         self.prefill_tokens_per_s = batch.num_new_tokens / max(result.seconds, 1e-9)
         self._metrics.engine.observe_step(batch, result.seconds)
         self._metrics.prompt_tokens.inc(batch.num_new_tokens)

@@ -6,7 +6,6 @@ computed elsewhere. So the larger of report and books counts, plus what was sent
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from pdserve.contract.ids import SubmitNumber
@@ -23,18 +22,26 @@ class Booked(NamedTuple):
     """Of the Submit that a decode worker got; a prefill worker hears of the attempt from that worker."""
 
 
-@dataclass(slots=True)
-class Sum:
+class Sum(NamedTuple):
     """Of several bookings."""
 
     requests: int = 0
     prefill_tokens: int = 0
     context_tokens: int = 0
 
-    def add(self, booked: Booked, sign: int = 1) -> None:
-        self.requests += sign
-        self.prefill_tokens += sign * booked.prefill_tokens
-        self.context_tokens += sign * booked.context_tokens
+    def plus(self, booked: Booked) -> "Sum":
+        return Sum(
+            self.requests + 1,
+            self.prefill_tokens + booked.prefill_tokens,
+            self.context_tokens + booked.context_tokens,
+        )
+
+    def minus(self, booked: Booked) -> "Sum":
+        return Sum(
+            self.requests - 1,
+            self.prefill_tokens - booked.prefill_tokens,
+            self.context_tokens - booked.context_tokens,
+        )
 
 
 class Bookings:
@@ -54,7 +61,9 @@ class Bookings:
 
     def add(self, attempt: object, booked: Booked) -> None:
         self._booked[attempt] = booked
-        self._count(booked, 1)
+        self._total = self._total.plus(booked)
+        if self._is_unreported(booked):
+            self._unreported = self._unreported.plus(booked)
 
     def prefill_is_done(self, attempt: object) -> None:
         """The prompt of an attempt has been computed here."""
@@ -67,7 +76,9 @@ class Bookings:
         """An attempt is over, or was never here."""
         booked = self._booked.pop(attempt, None)
         if booked is not None:
-            self._count(booked, -1)
+            self._total = self._total.minus(booked)
+            if self._is_unreported(booked):
+                self._unreported = self._unreported.minus(booked)
 
     def reported(self, last_submit: SubmitNumber) -> None:
         """A report has come that covers all Submits up to this one."""
@@ -75,30 +86,25 @@ class Bookings:
         self._unreported = Sum()
         for booked in self._booked.values():
             if self._is_unreported(booked):
-                self._unreported.add(booked)
+                self._unreported = self._unreported.plus(booked)
 
     def with_report(self, reported: Sum) -> Sum:
         """What the worker has to do, when it has reported so much."""
         total, since = self._total, self._unreported
         return Sum(
-            max(reported.requests, total.requests - since.requests) + since.requests,
-            max(reported.prefill_tokens, total.prefill_tokens - since.prefill_tokens) + since.prefill_tokens,
-            max(reported.context_tokens, total.context_tokens - since.context_tokens) + since.context_tokens,
+            max(reported.requests + since.requests, total.requests),
+            max(reported.prefill_tokens + since.prefill_tokens, total.prefill_tokens),
+            max(reported.context_tokens + since.context_tokens, total.context_tokens),
         )
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless the sums are those of the bookings."""
         total, since = Sum(), Sum()
         for booked in self._booked.values():
-            total.add(booked)
+            total = total.plus(booked)
             if self._is_unreported(booked):
-                since.add(booked)
+                since = since.plus(booked)
         assert (total, since) == (self._total, self._unreported), "booked sums do not add up"
-
-    def _count(self, booked: Booked, sign: int) -> None:
-        self._total.add(booked, sign)
-        if self._is_unreported(booked):
-            self._unreported.add(booked, sign)
 
     def _is_unreported(self, booked: Booked) -> bool:
         return booked.number is not None and booked.number > self._last_submit

@@ -12,11 +12,23 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from pdserve.contract.ids import BlockHash, Incarnation, WorkerId
-from pdserve.contract.messages import Hello, Member, Members, Report, Role, WorkerLoad, WorkerState
-from pdserve.contract.work import ModelInfo, hung_after_s
+from pdserve.contract.messages import (
+    Hello,
+    Member,
+    Members,
+    Report,
+    RequestTimings,
+    Role,
+    WorkerLoad,
+    WorkerState,
+)
+from pdserve.contract.work import ModelInfo, StepCost, hung_after_s
 from router.bookings import Booked, Bookings, Sum
+from router.kv_travel import KvTravel
+from router.pending_owners import PendingOwners
 from router.placement.candidates import Candidate, Held, Pool
 from router.placement.policy import FleetView
+from router.placement.prediction import scaled
 from router.prefix_index import PrefixIndex
 
 VERDICT_S = 2.0
@@ -45,6 +57,15 @@ class Fate(StrEnum):
     """It was stopped on purpose."""
 
 
+class Pending(NamedTuple):
+    """Block names that a worker is noted for as a pending owner."""
+
+    names: Sequence[BlockHash]
+    bit: int
+    is_computed: bool = False
+    """It holds them now; its next report says so."""
+
+
 @dataclass(slots=True, eq=False)
 class WorkerView:
     """One member."""
@@ -63,8 +84,14 @@ class WorkerView:
     """It has said that it will be stopped; its process takes no more work."""
     indexed: bool = False
     """The prefix index counts what it holds."""
+    reported: Sum = field(default_factory=Sum)
+    """What it has to do, as it said last."""
+    cost: StepCost | None = None
+    """How long its steps take, as it said last."""
     booked: Bookings = field(default_factory=Bookings)
     """What was sent here and is not done yet."""
+    pending: dict[object, Pending] = field(default_factory=dict)
+    """Attempt -> what it will hold of a prompt, until it reports that it does."""
     num_output_tokens: int = 0
     """That came from it to this router."""
 
@@ -88,6 +115,13 @@ class WorkerView:
         if self.load is None or load.step != self.load.step or not load.running_sequences:
             self.stepped_at = now
         self.load, self.reported_at = load, now
+        self.reported = Sum(
+            load.running_sequences + load.waiting_requests,
+            load.waiting_tokens,
+            0 if self.member.role is Role.PREFILL else load.running_context_tokens,
+        )
+        if self.hello is not None:
+            self.cost = scaled(self.hello.cost, load.prefill_slowdown, load.decode_slowdown)
         self.booked.reported(load.last_submit)
         if now - self.stepped_at > hung_after_s(self._predicted_step_s) + VERDICT_S:
             self.hung_step = load.step
@@ -102,16 +136,7 @@ class WorkerView:
     @property
     def to_do(self) -> Sum:
         """What it has to do: as it reports, and what this router has sent."""
-        if self.load is None:
-            return self.booked.with_report(Sum())
-        is_prefill = self.member.role is Role.PREFILL
-        return self.booked.with_report(
-            Sum(
-                self.load.running_sequences + self.load.waiting_requests,
-                self.load.waiting_tokens,
-                0 if is_prefill else self.load.running_context_tokens,
-            )
-        )
+        return self.booked.with_report(self.reported)
 
 
 class Fleet:
@@ -126,6 +151,9 @@ class Fleet:
         self._failed_pairs: dict[tuple[WorkerId, WorkerId], float] = {}  # (prefill, decode) -> until
         self._former_model: ModelInfo | None = None
         self._leaving: dict[WorkerId, Incarnation] = {}  # who last said that it would be stopped
+        self._pending = PendingOwners()
+        self._kv_travel = KvTravel()
+        self._booked_anew: dict[WorkerView, None] = {}  # whose bookings the pools do not know yet
         self._prefilling = Pool()  # the usable prefill workers
         self._decoding = Pool()  # the usable workers that decode
 
@@ -140,6 +168,7 @@ class Fleet:
         named = {member.worker_id: member for member in members.members}
         for worker_id in [worker_id for worker_id in self.workers if worker_id not in named]:
             self.lost(self.workers.pop(worker_id))
+            self._kv_travel.forget(worker_id)
         for worker_id, member in named.items():
             self._set_member(worker_id, member)
         self.changed.set()
@@ -150,6 +179,7 @@ class Fleet:
         view.hello = hello
         view.indexed = True
         self.index.add_worker(hello.incarnation)
+        self._kv_travel.set_size(hello.model.block_bytes / hello.model.block_size)
         self._refresh(view)
 
     def strangers(self, hello: Hello) -> list[Hello]:
@@ -171,6 +201,7 @@ class Fleet:
         self.index.sweep()
         agrees = self.index.agrees(report.incarnation, report.num_names, report.xor_names)
         self.num_index_mismatches += not agrees
+        self._settle(view)
         self._refresh(view)
         self.changed.set()
         return agrees
@@ -183,10 +214,12 @@ class Fleet:
     def lost(self, view: WorkerView) -> None:
         """The worker's streams have broken; nothing that it said counts any more."""
         view.connected = False
-        view.load = None
+        view.load, view.reported = None, Sum()
         if view.indexed and view.hello is not None:  # once: the incarnation may be back in another view
             view.indexed = False
             self.index.remove_worker(view.hello.incarnation)
+        for attempt in list(view.pending):
+            self._forget_pending(view, attempt)
         self._refresh(view)
         self.changed.set()
 
@@ -223,12 +256,18 @@ class Fleet:
     ) -> FleetView:
         """What is believed of the usable workers, or of those that serve the model of `fingerprint`, while a
         prompt with these block names is placed; only good until something changes."""
+        for view in self._booked_anew:
+            self._refresh(view)
+        self._booked_anew.clear()
         depths = self.index.holders(names)
+        pending = self._pending.holders(names)
+        if pending:
+            depths = sorted(depths + pending, reverse=True)
         held = Held([(num_blocks * block_size, bits) for num_blocks, bits in depths])
         decoding, prefilling = self._decoding, self._prefilling
         if fingerprint is not None:
             decoding, prefilling = decoding.of(fingerprint), prefilling.of(fingerprint)
-        return FleetView(decoding, prefilling, held, self.unusable_pairs(now))
+        return FleetView(decoding, prefilling, held, self.unusable_pairs(now), self._kv_travel.speeds)
 
     def unusable_pairs(self, now: float) -> frozenset[tuple[WorkerId, WorkerId]]:
         if not self._failed_pairs:
@@ -238,22 +277,39 @@ class Fleet:
 
     # What the journey sends.
 
-    def book(self, worker_id: WorkerId, attempt: object, booked: Booked) -> WorkerView:
-        """An attempt has been sent to a worker. Told about it again with the view that is returned."""
+    def book(
+        self, worker_id: WorkerId, attempt: object, booked: Booked, names: Sequence[BlockHash] = ()
+    ) -> WorkerView:
+        """An attempt whose prompt has these block names has been sent to a worker. What becomes of it is told
+        with the view that is returned."""
         view = self.workers[worker_id]
         view.booked.add(attempt, booked)
-        self._refresh(view)
+        bit = 0 if view.hello is None else self.index.bit_of(view.hello.incarnation)
+        if bit and names:
+            view.pending[attempt] = Pending(self._pending.add(names, bit), bit)
+        self._booked_anew[view] = None
         return view
 
     def prefill_is_done(self, view: WorkerView, attempt: object) -> None:
         """The worker has computed the attempt's prompt."""
         view.booked.prefill_is_done(attempt)
-        self._refresh(view)
+        self._kv_is_there(view, attempt)
+        self._booked_anew[view] = None
+
+    def kv_has_come(
+        self, prefill: WorkerView, decode: WorkerView, attempt: object, timings: RequestTimings
+    ) -> None:
+        """How the KV of an attempt has travelled, all of it."""
+        self._kv_is_there(decode, attempt)
+        self._kv_travel.note(prefill.member.worker_id, decode.member.worker_id, timings)
 
     def release(self, view: WorkerView, attempt: object) -> None:
-        """The attempt needs nothing more of the worker."""
+        """The attempt needs nothing more of the worker; what it has computed stays there."""
         view.booked.drop(attempt)
-        self._refresh(view)
+        pending = view.pending.get(attempt)
+        if pending is not None and not pending.is_computed:
+            self._forget_pending(view, attempt)
+        self._booked_anew[view] = None
 
     def fate(self, who: Identity) -> Fate:
         if self._leaving.get(who.worker_id) == who.incarnation or self._node_is_lost(who.worker_id):
@@ -284,6 +340,20 @@ class Fleet:
     def num_usable(self, role: Role) -> int:
         return sum(view.usable and view.member.role is role for view in self.workers.values())
 
+    def _kv_is_there(self, view: WorkerView, attempt: object) -> None:
+        pending = view.pending.get(attempt)
+        if pending is not None:
+            view.pending[attempt] = pending._replace(is_computed=True)
+
+    def _settle(self, view: WorkerView) -> None:
+        """A worker has reported: the index knows now what it holds."""
+        for attempt in [attempt for attempt, pending in view.pending.items() if pending.is_computed]:
+            self._forget_pending(view, attempt)
+
+    def _forget_pending(self, view: WorkerView, attempt: object) -> None:
+        pending = view.pending.pop(attempt)
+        self._pending.remove(pending.names, pending.bit)
+
     def _refresh(self, view: WorkerView) -> None:
         """Bring the pools up to date with what is believed of a worker."""
         worker_id = view.member.worker_id
@@ -313,7 +383,8 @@ class Fleet:
             running_sequences=to_do.requests if decodes else 0,
             context_tokens=to_do.context_tokens,
             num_cached_blocks=self.index.num_names_of(hello.incarnation),
-            cost=hello.cost,
+            chunk_tokens=model.chunk_tokens,
+            cost=view.cost or hello.cost,
             prefill_share=hello.prefill_share,
         )
 

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -27,6 +27,7 @@ from router.intake import Intake, Job
 from router.openai_answers import AnswerHead, Usage, chat_answer, completion_answer
 from router.openai_errors import CLIENT_GONE_STATUS, error_answer
 from router.openai_schema import ChatBody, CompletionBody, parse_json
+from router.report_json import placement_text
 from router.request_reports import Origin
 from router.requests import Desk
 from router.sse import ChatEvents, CompletionEvents
@@ -38,6 +39,8 @@ CHAT = "chat"
 _ID_PREFIXES = {COMPLETIONS: "cmpl-", CHAT: "chatcmpl-"}
 
 _MAX_DEADLINE_DIGITS = 12
+PLACEMENT_HEADER = "x-pdserve-placement"
+"""A request that has it, with any value, gets it back with the workers that serve its choices."""
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +103,8 @@ class GenerateEndpoint:
             raw = await _read_body(request, self._settings.limits.max_body_bytes)
             with visit.tokenising():
                 job = await self._read_job(raw, _read_deadline_s(request))
-        await _until_disconnected(request.receive, reply, self._run(job, visit, reply))
+        asks = bool(request.headers.get(PLACEMENT_HEADER))
+        await _until_disconnected(request.receive, reply, self._run(job, visit, reply, asks))
 
     async def _refuse(self, error: PdserveError, reply: HttpReply) -> tuple[str, int]:
         if isinstance(error, ClientGone):
@@ -127,10 +131,12 @@ class GenerateEndpoint:
             return self._intake.chat(parse_json(ChatBody, raw), info, deadline_s)
         return self._intake.completion(parse_json(CompletionBody, raw), info, deadline_s)
 
-    async def _run(self, job: Job, visit: Visit, reply: HttpReply) -> None:
+    async def _run(self, job: Job, visit: Visit, reply: HttpReply, tells_placement: bool) -> None:
         request_ids = visit.admit(job)
         head = AnswerHead(_ID_PREFIXES[self._api] + request_ids[0], int(time.time()), job.model)
         running = self._running(job, request_ids, visit.origin(head.answer_id))
+        if tells_placement:
+            reply.late_headers = lambda: [(PLACEMENT_HEADER, self._placements(request_ids))]
         if job.stream:
             await self._run_stream(job, head, running, reply)
         else:
@@ -157,6 +163,11 @@ class GenerateEndpoint:
         async with running as pieces:
             body = await answer(pieces, job, head, self._text_model)
             await reply.json(200, body)
+
+    def _placements(self, request_ids: Sequence[RequestId]) -> str:
+        """Who serves each choice, as far as that is decided."""
+        reports = (self._desk.report(request_id) for request_id in request_ids)
+        return ", ".join(placement_text(report) for report in reports if report is not None)
 
     def _running(self, job: Job, request_ids: list[RequestId], origin: Origin) -> Running:
         limits = self._settings.limits

@@ -35,6 +35,8 @@ class HttpReply:
         self._on_first_event = on_first_event
         self._headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
         self._streaming = False
+        self.late_headers: Callable[[], Sequence[tuple[str, str]]] = tuple
+        """Further names and values, made when the answer starts."""
         self.complete = False
         """The last byte has been handed over to the server."""
 
@@ -76,7 +78,8 @@ class HttpReply:
         self._scope["extensions"][ABORT]["abort"]()
 
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        sent = [*headers, *self._headers]
+        late = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self.late_headers()]
+        sent = [*headers, *self._headers, *late]
         await self._send({"type": "http.response.start", "status": status, "headers": sent})
 
     async def _write(self, content: bytes, *, more: bool) -> None:

@@ -42,6 +42,7 @@ from router.bounds import check_length
 from router.fleet import Fate, Fleet, Identity
 from router.links import Links, Submission, SubmissionEnd, SubmissionTokens
 from router.objectives import Objectives, Verdict
+from router.output_lengths import OutputLengths
 from router.placement.policies import DEFAULT_POLICY, make_policy
 from router.placement.policy import Placement, PlacementRequest
 from router.progress import Attempt, Progress
@@ -51,6 +52,7 @@ from router.request_log import log_end
 from router.request_reports import Origin, RequestReports, refused_report
 from router.requests import Closing, GenerateRequest, OutputDelta
 from router.stage_times import tell_stages
+from router.waiting import Waiting
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +106,7 @@ class Journey:
         self._settings = settings
         self._policy = make_policy(settings.policy, rng)
         self._tracer = tracer
+        self._output_lengths = OutputLengths()
         self._live: set[Progress] = set()
         asked = settings.objectives
         metrics.slo.set_objectives({each.value: s for each, s in asked.limits_s.items()}, asked.target)
@@ -170,6 +173,7 @@ class Journey:
         self._recent.end_to_end.add(progress.ended_at - progress.admitted_at)
         self._metrics.count_end(outcome)
         self._count_verdict(self._settings.objectives.judge(progress.pace(progress.ended_at), outcome))
+        self._output_lengths.note(progress.num_output)
         report = progress.report()
         self._reports.end(report)
         log_end(report)
@@ -292,7 +296,7 @@ class Journey:
         request = PlacementRequest(
             progress.num_known,
             progress.most_tokens,
-            progress.most_tokens - progress.num_known,
+            self._output_lengths.expected(progress.most_tokens - progress.num_known),
             progress.is_suspect,
         )
         now = self._clock.now()
@@ -327,6 +331,8 @@ class Journey:
                     _note_loss(progress, submission, event, decode, prefill)
                     raise error_from_info(event.error)
                 booking.prefill_is_done()
+                if event.timings is not None:
+                    booking.kv_has_come(event.timings)
                 new = self._unseen(progress, event.event)
                 if new is not None:
                     self._observe(progress, attempt, event)
@@ -444,14 +450,28 @@ class Journey:
             progress.second_token_at = tokens.arrived_at
             self._metrics.time_to_second_token.observe(tokens.arrived_at - progress.admitted_at, exemplar)
         progress.last_token_at = tokens.arrived_at
-        attempt.note(tokens)
+        self._note(attempt, tokens)
         self._metrics.output_tokens.inc(num)
 
-    def _counted_as_waiting(self, progress: Progress) -> "_Waiting":
-        return _Waiting(self._metrics, progress.num_prompt)
+    def _note(self, attempt: Attempt, tokens: SubmissionTokens) -> None:
+        """What an attempt has brought, and how that compares with what was predicted of it."""
+        had_first, had_second = attempt.first_token_at is not None, attempt.second_token_at is not None
+        attempt.note(tokens)
+        predicted = attempt.placement.predicted
+        if predicted is None:
+            return
+        way = "local" if attempt.placement.prefill is None else "split"
+        took_s = tokens.arrived_at - attempt.submitted_at
+        if not had_first:
+            self._metrics.observe_prediction("first", way, took_s, predicted.first_token_s)
+        if not had_second and attempt.second_token_at is not None:
+            self._metrics.observe_prediction("second", way, took_s, predicted.second_token_s)
+
+    def _counted_as_waiting(self, progress: Progress) -> Waiting:
+        return Waiting(self._metrics, progress.num_prompt)
 
     def _book(self, progress: Progress, placement: Placement, number: SubmitNumber) -> Booking:
-        return Booking(self._fleet, placement, progress.num_known, number)
+        return Booking(self._fleet, placement, progress.num_known, number, progress.names)
 
     def _remaining_s(self, progress: Progress) -> float | None:
         return None if progress.deadline_at is None else max(0.0, progress.deadline_at - self._clock.now())
@@ -459,22 +479,6 @@ class Journey:
     def _remaining_ms(self, progress: Progress) -> int | None:
         remaining_s = self._remaining_s(progress)
         return None if remaining_s is None else int(remaining_s * 1000)
-
-
-class _Waiting:
-    """Counts a request that no worker has, while it waits."""
-
-    def __init__(self, metrics: RouterMetrics, num: int) -> None:
-        self._metrics = metrics
-        self._num = num
-
-    def __enter__(self) -> None:
-        self._metrics.waiting_requests.inc()
-        self._metrics.waiting_tokens.inc(self._num)
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._metrics.waiting_requests.dec()
-        self._metrics.waiting_tokens.dec(self._num)
 
 
 def _note_loss(

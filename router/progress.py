@@ -26,6 +26,9 @@ class Attempt:
     num_known: int
     """Prompt and output tokens then."""
     first_token_at: float | None = None
+    second_token_at: float | None = None
+    num_tokens: int = 0
+    """That it has brought and the client did not have."""
     ended_at: float | None = None
     end: str | None = None
     """A finish reason, an error code, or why it was cancelled."""
@@ -35,8 +38,11 @@ class Attempt:
 
     def note(self, tokens: SubmissionTokens) -> None:
         """What has come that the client does not have yet."""
+        self.num_tokens += num_tokens(tokens.event.tokens)
         if self.first_token_at is None:
             self.first_token_at = tokens.arrived_at
+        if self.second_token_at is None and self.num_tokens >= 2:
+            self.second_token_at = tokens.arrived_at
         if tokens.timings is not None:
             self.timings = tokens.timings
         if tokens.event.finish is not None:
@@ -56,10 +62,13 @@ class Attempt:
             placement=shortened(self.placement.reason),
             submitted_s=self.submitted_at - admitted_at,
             first_token_s=_since(admitted_at, self.first_token_at),
+            second_token_s=_since(admitted_at, self.second_token_at),
             ended_s=_since(admitted_at, self.ended_at),
             end=self.end,
             message=None if self.message is None else shortened(self.message),
             timings=self.timings,
+            predicted=self.placement.predicted,
+            runner_up=self.placement.runner_up,
         )
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from pdserve.contract.messages import RequestTimings
 from pdserve.contract.tracing import Attributes
-from router.request_reports import AttemptReport, RequestReport, Stage
+from router.placement.policy import Prediction
+from router.request_reports import AttemptReport, Decision, RequestReport, Stage
 
 
 def report_json(report: RequestReport) -> dict[str, Any]:
@@ -33,6 +34,38 @@ def report_json(report: RequestReport) -> dict[str, Any]:
         "attempts": [_full_attempt(attempt) for attempt in report.attempts],
         "stages": [_stage(stage) for stage in report.stages],
     }
+
+
+def decision_json(decision: Decision) -> dict[str, Any]:
+    """One placement and what came of it, for operators. Predicted and actual seconds count from the
+    submission."""
+    attempt = decision.attempt
+    return {
+        "request_id": decision.request_id,
+        "attempt": attempt.number,
+        "decided_at": _rounded(decision.decided_at),
+        "prompt_tokens": decision.num_prompt_tokens,
+        "decode_worker": attempt.decode_worker,
+        "prefill_worker": attempt.prefill_worker,
+        "reason": attempt.placement,
+        **_predictions(attempt),
+        "actual": {
+            "first_token_s": _rounded(_after(attempt.submitted_s, attempt.first_token_s)),
+            "second_token_s": _rounded(_after(attempt.submitted_s, attempt.second_token_s)),
+        },
+        "end": attempt.end,
+    }
+
+
+def placement_text(report: RequestReport) -> str:
+    """The workers of a request's last attempt in one line, with the seconds that were predicted until its
+    second token; empty before it has one."""
+    if not report.attempts:
+        return ""
+    last = report.attempts[-1]
+    prefill = "local" if last.prefill_worker is None else last.prefill_worker
+    seconds = "" if last.predicted is None else f";predicted={last.predicted.second_token_s:.4f}"
+    return f"decode={last.decode_worker};prefill={prefill}{seconds}"
 
 
 def timings_json(report: RequestReport) -> dict[str, Any]:
@@ -97,6 +130,7 @@ def _milestones(report: RequestReport) -> dict[str, float | None]:
 
 def _full_attempt(attempt: AttemptReport) -> dict[str, Any]:
     parts = _attempt(attempt) | {"placement": attempt.placement, "message": attempt.message}
+    parts |= {"second_token_s": _rounded(attempt.second_token_s), **_predictions(attempt)}
     if attempt.timings is not None and parts["transfer"] is not None:
         parts["transfer"]["reason"] = attempt.timings.transport_reason
     return parts
@@ -117,6 +151,32 @@ def _attempt(attempt: AttemptReport) -> dict[str, Any]:
         "ended_s": _rounded(attempt.ended_s),
         "end": attempt.end,
     }
+
+
+def _predictions(attempt: AttemptReport) -> dict[str, Any]:
+    runner_up = attempt.runner_up
+    return {
+        "predicted": None if attempt.predicted is None else _prediction(attempt.predicted),
+        "runner_up": None
+        if runner_up is None
+        else {
+            "decode_worker": runner_up.decode,
+            "prefill_worker": runner_up.prefill,
+            "predicted": _prediction(runner_up.predicted),
+        },
+    }
+
+
+def _prediction(predicted: Prediction) -> dict[str, float | None]:
+    return {
+        "first_token_s": _rounded(predicted.first_token_s),
+        "second_token_s": _rounded(predicted.second_token_s),
+        "harm_s": _rounded(predicted.harm_s),
+    }
+
+
+def _after(start_s: float, at_s: float | None) -> float | None:
+    return None if at_s is None else at_s - start_s
 
 
 def _cached(timings: RequestTimings) -> Mapping[str, int]:

@@ -16,6 +16,7 @@ from pdserve.contract.errors import ErrorInfo
 from pdserve.contract.ids import RequestId, WorkerId
 from pdserve.contract.messages import RequestTimings
 from pdserve.contract.tracing import TraceContext
+from router.placement.policy import Option, Prediction
 
 MAX_ENDED_REPORTS = 1024
 """How many ended requests are remembered: minutes of a busy router, in 1.3 MB (1.2 KB for a request that was
@@ -94,6 +95,8 @@ class AttemptReport:
     """Why these workers."""
     submitted_s: float
     first_token_s: float | None
+    second_token_s: float | None
+    """The first that waits for the KV."""
     ended_s: float | None
     end: str | None
     """A finish reason, an error code, or why it was cancelled; None while it runs."""
@@ -101,6 +104,10 @@ class AttemptReport:
     """Of the error that ended it."""
     timings: RequestTimings | None
     """What its workers have told so far."""
+    predicted: Prediction | None = None
+    """Of this placement, from the submission on; None where the policy does not predict."""
+    runner_up: Option | None = None
+    """The best of the placements not chosen."""
 
     @property
     def stages(self) -> Iterator[Stage]:
@@ -177,6 +184,17 @@ class RequestReport:
             yield Stage(StageName.ROUTER_QUEUE, self.num_attempts + 1, free_s or 0.0, None)
 
 
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One placement and what came of it."""
+
+    request_id: RequestId
+    num_prompt_tokens: int | None
+    decided_at: float
+    """Unix time, in seconds."""
+    attempt: AttemptReport
+
+
 class Reported(Protocol):
     """A request that runs (`router.progress.Progress`)."""
 
@@ -219,6 +237,21 @@ class RequestReports:
     def running(self) -> list[RequestReport]:
         """Of all requests that run, the newest first."""
         return _reports(reversed(self._running.values()))
+
+    def decisions(self, limit: int) -> list[Decision]:
+        """The last `limit` placements of the requests that are remembered, the last first."""
+        reports = [*self.running(), *self.recent(limit)]
+        decided = [
+            Decision(
+                report.request_id,
+                report.num_prompt_tokens,
+                report.arrived_at + attempt.submitted_s,
+                attempt,
+            )
+            for report in reports
+            for attempt in report.attempts
+        ]
+        return sorted(decided, key=lambda each: each.decided_at, reverse=True)[:limit]
 
     def recent(self, limit: int) -> list[RequestReport]:
         """Of the last `limit` requests that have ended or were refused, the last first."""

@@ -128,6 +128,8 @@ class DecodeWorker:
             last_submit=SubmitNumber(self._last_submit),
             prefill_tokens_per_s=self._prefill_tokens_per_s,
             decode_step_s=self._decode_step_s,
+            prefill_slowdown=1.0,
+            decode_slowdown=1.0,
         )
 
     def check_empty(self) -> None:

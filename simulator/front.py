@@ -95,7 +95,8 @@ class Front:
         placement = self.policy.choose(asked, view)
         assert placement is not None, "no worker takes a request that the largest pool has room for"
         attempt = self._attempt(progress, placement)
-        progress.booking = Booking(self.fleet, placement, num_tokens, SubmitNumber(attempt.submit_number))
+        number = SubmitNumber(attempt.submit_number)
+        progress.booking = Booking(self.fleet, placement, num_tokens, number, progress.names)
         self.events.after(self.message_s, lambda: self._arrived(attempt))
 
     def _attempt(self, progress: Progress, placement: Placement) -> Attempt:

@@ -114,6 +114,8 @@ class PrefillWorker:
             last_submit=SubmitNumber(0),
             prefill_tokens_per_s=self._tokens_per_s,
             decode_step_s=0.0,
+            prefill_slowdown=1.0,
+            decode_slowdown=1.0,
         )
 
     def check_empty(self) -> None:

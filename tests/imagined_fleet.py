@@ -20,7 +20,7 @@ from router.router import Router
 
 NUM_BLOCKS = 1000
 IDLE = WorkerLoad(
-    WorkerState.READY, 0, 0, 0, 0, BlockCounts(NUM_BLOCKS, 0, 0, 0), 0, SubmitNumber(0), 0.0, 0.0
+    WorkerState.READY, 0, 0, 0, 0, BlockCounts(NUM_BLOCKS, 0, 0, 0), 0, SubmitNumber(0), 0.0, 0.0, 1.0, 1.0
 )
 TOKEN = AdminToken("the token of an imagined system")
 

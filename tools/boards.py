@@ -270,6 +270,12 @@ def dashboards() -> tuple[Dashboard, ...]:
             "How often a router's index disagreed with a worker. Never, unless something is wrong.",
         ),
         Panel(
+            "Actual over predicted time",
+            "short",
+            quantiles("pdserve_router_prediction_ratio", "placement"),
+            "Of first and second tokens, where the placement policy predicts them; 1 is exact.",
+        ),
+        Panel(
             "Degraded",
             "short",
             (("{{instance}}", total("pdserve_router_degraded", "instance")),),

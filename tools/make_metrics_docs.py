@@ -116,6 +116,7 @@ def _router_metrics() -> Iterable[Metric]:
     metrics.on_first_event("chat", 0.0)
     metrics.follow_oldest_waiting(lambda: 0)
     metrics.count_recovery(ErrorCode.WORKER_LOST)
+    metrics.observe_prediction("first", "split", actual_s=0.1, predicted_s=0.1)
     metrics.count_stale(TokenEvent)
     metrics.on_request_start("chat")
     metrics.on_request_end("chat", "ok", 200)

@@ -271,6 +271,10 @@ class WorkerLoad:
     """Of the last step that only computed prompts; 0 before the first."""
     decode_step_s: float
     """How long the last step took that only decoded; 0 before the first."""
+    prefill_slowdown: float
+    """How many times as long prompts take of late as `Hello.cost` says."""
+    decode_slowdown: float
+    """How many times as long steps take of late that only decode."""
 
 
 @dataclass(frozen=True, slots=True)

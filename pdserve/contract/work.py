@@ -136,6 +136,13 @@ class StepCost:
             + self.per_context_token_s * context_tokens
         )
 
+    def predict_batch_s(self, batch: StepBatch) -> float:
+        """Of a step: tokens of `as_decode` sequences are decode rows, all others prefill."""
+        decoding = [sequence for sequence in batch.sequences if sequence.as_decode]
+        num_rows = sum(sequence.num_new_tokens for sequence in decoding)
+        num_context_tokens = sum(sequence.start for sequence in decoding)
+        return self.predict_s(batch.num_new_tokens - num_rows, num_rows, num_context_tokens)
+
 
 def hung_after_s(predicted_s: float) -> float:
     """How long a step that should take `predicted_s` may take before its engine counts as hung."""

@@ -44,7 +44,7 @@ class WatchedExecutor:
             failed.cancel()
 
     async def step(self, batch: StepBatch, layers_done: LayersDone | None = None) -> StepResult:
-        self._patience_s = hung_after_s(_predict_s(self._cost, batch))
+        self._patience_s = hung_after_s(self._cost.predict_batch_s(batch))
         self._hung_at = self._clock.now() + self._patience_s
         self._stepping.set()
         try:
@@ -74,13 +74,6 @@ class WatchedExecutor:
                 self._hung_at = self._clock.now() + self._patience_s
             if self._stepping.is_set() and self._clock.now() >= self._hung_at:
                 return "an engine step has taken 20 times as long as predicted, and hangs"
-
-
-def _predict_s(cost: StepCost, batch: StepBatch) -> float:
-    decoding = [sequence for sequence in batch.sequences if sequence.as_decode]
-    num_rows = sum(sequence.num_new_tokens for sequence in decoding)
-    num_context_tokens = sum(sequence.start for sequence in decoding)
-    return cost.predict_s(batch.num_new_tokens - num_rows, num_rows, num_context_tokens)
 
 
 def _is_device_failure(error: Exception) -> bool:

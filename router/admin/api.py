@@ -17,7 +17,7 @@ from pdserve.rpc.credentials import AdminToken
 from router.admin.guard import BrowserGuard, TokenGuard
 from router.admin.state import LiveState
 from router.openai_errors import error_body
-from router.report_json import report_json
+from router.report_json import decision_json, report_json
 from router.request_reports import MAX_ENDED_REPORTS, RequestReports
 
 PAGE_PATH = "/admin/"
@@ -43,6 +43,7 @@ def create_admin_app(
         Route("/admin/events", pages.events, middleware=with_token),
         Route("/admin/requests", pages.requests, middleware=with_token),
         Route("/admin/requests/{request_id}", pages.request, middleware=with_token),
+        Route("/admin/decisions", pages.decisions, middleware=with_token),
         Mount("/admin/api", api, middleware=with_token),
         Mount("/admin", page),  # without the token: the page's files are the same everywhere
         Route("/", _to_page),
@@ -68,11 +69,18 @@ class _Pages:
         """The newest first, those that run before those that have ended."""
         limit = _read_limit(request.query_params.get("limit"))
         if limit is None:
-            message = f"'limit' must be a number from 1 to {MAX_ENDED_REPORTS}"
-            return _error(400, message, "invalid_request")
+            return _bad_limit()
         reports = [*self._reports.running(), *self._reports.recent(limit)][:limit]
         body = {"now": self._clock.unix_time(), "requests": [report_json(report) for report in reports]}
         return JSONResponse(body, headers=_UNCACHED)
+
+    async def decisions(self, request: Request) -> Response:
+        """Why requests were placed as they were, and what came of it, the newest first."""
+        limit = _read_limit(request.query_params.get("limit"))
+        if limit is None:
+            return _bad_limit()
+        decisions = [decision_json(decision) for decision in self._reports.decisions(limit)]
+        return JSONResponse({"now": self._clock.unix_time(), "decisions": decisions}, headers=_UNCACHED)
 
     async def request(self, request: Request) -> Response:
         request_id = request.path_params["request_id"]
@@ -88,6 +96,10 @@ def _read_limit(text: str | None) -> int | None:
         return DEFAULT_LIMIT
     limit = int(text) if text.isascii() and text.isdigit() and len(text) <= 6 else 0
     return limit if 1 <= limit <= MAX_ENDED_REPORTS else None
+
+
+def _bad_limit() -> Response:
+    return _error(400, f"'limit' must be a number from 1 to {MAX_ENDED_REPORTS}", "invalid_request")
 
 
 def _error(status: int, message: str, code: str) -> Response:

@@ -2,10 +2,17 @@
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from pdserve.contract.ids import WorkerId
 from pdserve.contract.work import StepCost
+
+_FEW = 8
+"""So many owners are looked up one by one; of more, one is soon met among the least loaded."""
+
+
+_NUM_STEPS = 64
 
 
 class Candidate(NamedTuple):
@@ -32,6 +39,8 @@ class Candidate(NamedTuple):
     """Tokens of KV of those sequences."""
     num_cached_blocks: int
     """Blocks that the prefix index knows there."""
+    chunk_tokens: int
+    """It computes prompts in steps of so many tokens."""
     cost: StepCost
     """How long its steps take."""
     prefill_share: float = 1.0
@@ -44,8 +53,12 @@ class Candidate(NamedTuple):
 
     @property
     def load_s(self) -> float:
-        """Seconds in which it would compute every waiting prompt and one token of every sequence."""
-        return self.cost.predict_s(self.queued_prefill_tokens, self.running_sequences, self.context_tokens)
+        """What orders a pool: seconds for every waiting prompt, and for its sequences' rows in the next
+        _NUM_STEPS steps, since they are in the way of whoever comes for longer than one."""
+        cost = self.cost
+        row_s = cost.per_decode_sequence_s * self.running_sequences
+        row_s += cost.per_context_token_s * self.context_tokens
+        return cost.per_prefill_token_s * self.queued_prefill_tokens + _NUM_STEPS * row_s
 
 
 class Held(NamedTuple):
@@ -70,6 +83,7 @@ class Pool:
     def __init__(self, candidates: Iterable[Candidate] = ()) -> None:
         self._candidates: dict[WorkerId, Candidate] = {}
         self._order: list[tuple[float, WorkerId]] = []  # (load in seconds, worker), ascending
+        self._by_bit: dict[int, Candidate] = {}
         for candidate in candidates:
             self.put(candidate)
 
@@ -86,10 +100,24 @@ class Pool:
         """Those that serve the model of that fingerprint."""
         return Pool(each for each in self if each.fingerprint == fingerprint)
 
+    def least_loaded(self, num: int, least_pool_tokens: int) -> Iterator[Candidate]:
+        """The `num` least loaded whose KV pool takes so many tokens, in that order."""
+        return islice((each for each in self if each.pool_tokens >= least_pool_tokens), num)
+
+    def least_loaded_of(self, bits: int, least_pool_tokens: int) -> Candidate | None:
+        """The least loaded of the workers with these owner bits whose KV pool takes so many tokens."""
+        if bits.bit_count() > _FEW:
+            owners = (each for each in self if each.owner_bit & bits)
+            return next((each for each in owners if each.pool_tokens >= least_pool_tokens), None)
+        few = [self._by_bit[bit] for bit in _single_bits(bits) if bit in self._by_bit]
+        fitting = [each for each in few if each.pool_tokens >= least_pool_tokens]
+        return min(fitting, key=lambda each: each.load_s, default=None)
+
     def put(self, candidate: Candidate) -> None:
         """Add a worker, or replace what was believed of it."""
         self.remove(candidate.worker_id)
         self._candidates[candidate.worker_id] = candidate
+        self._by_bit[candidate.owner_bit] = candidate
         insort(self._order, (candidate.load_s, candidate.worker_id))
 
     def remove(self, worker_id: WorkerId) -> None:
@@ -97,3 +125,11 @@ class Pool:
         former = self._candidates.pop(worker_id, None)
         if former is not None:
             del self._order[bisect_left(self._order, (former.load_s, worker_id))]
+            self._by_bit.pop(former.owner_bit, None)
+
+
+def _single_bits(bits: int) -> Iterator[int]:
+    while bits:
+        bit = bits & -bits
+        yield bit
+        bits ^= bit

@@ -8,10 +8,12 @@ from router.placement.block_cost import DynamoCost
 from router.placement.cache_aware import SglangCacheAware
 from router.placement.longest_prefix import LongestPrefix
 from router.placement.policy import PlacementPolicy
+from router.placement.predicted import Predicted
 
 DEFAULT_POLICY = "longest_prefix"
 
 POLICIES: Mapping[str, Callable[[Rng], PlacementPolicy]] = {
+    "predicted": Predicted,
     "longest_prefix": lambda _: LongestPrefix(),
     "round_robin": lambda _: RoundRobin(),
     "least_loaded": lambda _: LeastLoaded(),

@@ -17,7 +17,14 @@ from tests.small_tokenizers import byte_level_tokenizer
 
 KV_BYTES = 4 << 20
 TOKEN = {"authorization": f"Bearer {ADMIN_TOKEN.secret}"}
-DATA = ["/admin/state", "/admin/events", "/admin/requests", "/admin/requests/7", "/admin/api/v1/models"]
+DATA = [
+    "/admin/state",
+    "/admin/events",
+    "/admin/requests",
+    "/admin/requests/7",
+    "/admin/decisions",
+    "/admin/api/v1/models",
+]
 PROMPT = {"model": "small", "prompt": list(range(40, 80)), "max_tokens": 8, "temperature": 0}
 PROMPT |= {"ignore_eos": True}
 
@@ -216,6 +223,31 @@ async def test_a_request_is_reported_with_who_served_it_and_when(
     listed = (await client.get("/admin/requests", headers=TOKEN)).json()
     assert listed["requests"] == [report]
     assert listed["now"] >= report["arrived_at"]
+
+
+async def test_decisions_tell_why_and_what_came_of_them(
+    client: httpx.AsyncClient, system: LocalSystem
+) -> None:
+    asks = {"X-Pdserve-Placement": "1"}
+    answer = await client.post(f"{system.url}/v1/completions", json=PROMPT, headers=asks)
+    assert answer.headers["x-pdserve-placement"] == "decode=decode-0;prefill=prefill-0"
+    report = (await client.get(f"/admin/requests/{answer.headers['x-request-id']}", headers=TOKEN)).json()
+    (attempt,) = report["attempts"]
+    listed = (await client.get("/admin/decisions", headers=TOKEN)).json()
+    (decision,) = listed["decisions"]
+    assert decision["request_id"] == report["request_id"]
+    assert (decision["prefill_worker"], decision["decode_worker"]) == ("prefill-0", "decode-0")
+    assert decision["reason"] == attempt["placement"]
+    assert (decision["predicted"], decision["runner_up"]) == (attempt["predicted"], attempt["runner_up"])
+    actual = decision["actual"]
+    assert actual["first_token_s"] == pytest.approx(
+        attempt["first_token_s"] - attempt["submitted_s"], abs=2e-6
+    )
+    assert actual["second_token_s"] == pytest.approx(
+        attempt["second_token_s"] - attempt["submitted_s"], abs=2e-6
+    )
+    refused = await client.get("/admin/decisions", headers=TOKEN, params={"limit": 0})
+    assert refused.status_code == 400
 
 
 async def test_requests_are_listed_newest_first_and_those_that_run_before_all(

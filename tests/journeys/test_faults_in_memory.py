@@ -10,7 +10,7 @@ import pytest
 
 from controller.worker import Worker
 from pdserve.clock import run_virtual as run_virtual_to_the_end
-from pdserve.contract.errors import DeadlineExceeded
+from pdserve.contract.errors import DeadlineExceeded, Poisonous
 from pdserve.contract.messages import Message
 from pdserve.contract.ports import LayersDone
 from pdserve.contract.sampling import SamplingParams
@@ -20,6 +20,7 @@ from pdserve.engine.executor import InlineExecutor
 from pdserve.engine.fake_engine import FakeEngine
 from pdserve.handoff.prefill_job import JobState
 from pdserve.rpc.memory_rpc import MemoryNetwork
+from router.journey import DEATHS_OF_A_SUSPECT
 from router.requests import GenerateRequest
 from tests.memory_system import MemorySystem, greedy
 
@@ -349,6 +350,9 @@ class Storm:
             assert output == expected[: len(output)]
         except DeadlineExceeded:
             assert request.deadline_s is not None
+            assert output == expected[: len(output)]
+        except Poisonous:  # faults strike whom they like: it has lost three workers, the last one alone
+            assert len(self.dead) > DEATHS_OF_A_SUSPECT
             assert output == expected[: len(output)]
         else:
             assert output == expected

@@ -25,6 +25,8 @@ LOAD = WorkerLoad(
     SubmitNumber(0),
     prefill_tokens_per_s=0,
     decode_step_s=0,
+    prefill_slowdown=1,
+    decode_slowdown=1,
 )
 
 
@@ -145,6 +147,34 @@ def test_a_replaced_worker_loses_its_place_to_the_new_process_alone() -> None:
     fleet.release(old, "a")
     (candidate,) = fleet.view([], 4, now=1.0).decode
     assert candidate.num_requests == 0
+
+
+def test_a_prompt_on_its_way_counts_as_held_until_the_worker_reports_that_it_is() -> None:
+    fleet = Fleet()
+    fleet.set_members(Members(1, (member("p0", role=Role.PREFILL),)))
+    view = connect(fleet, "p0", num_blocks=100)
+    names = [BlockHash(number) for number in range(1, 41)]
+    sibling = [*names[:33], BlockHash(99)]
+
+    def held() -> int:
+        seen = fleet.view(sibling, 4, now=1.0)
+        (candidate,) = seen.prefill
+        return seen.held.tokens(candidate)
+
+    assert held() == 0
+    fleet.book(WorkerId("p0"), "a", Booked(160, 0), names)
+    assert held() == 32 * 4  # noted at every 32nd block
+    fleet.book(WorkerId("p0"), "b", Booked(8, 0), sibling)
+    fleet.release(view, "b")
+    assert held() == 32 * 4
+    fleet.prefill_is_done(view, "a")
+    fleet.release(view, "a")
+    assert held() == 32 * 4  # computed, and not reported yet
+    fleet.report(view, report(1, tuple(names)), now=2.0)
+    assert held() == 33 * 4
+    fleet.book(WorkerId("p0"), "c", Booked(160, 0), [BlockHash(7), BlockHash(8)])
+    fleet.lost(view)
+    assert not view.pending
 
 
 def test_the_largest_pool_that_decodes_bounds_requests_and_small_pools_get_no_long_ones() -> None:

@@ -33,6 +33,7 @@ def candidate(name: str, queued: int = 0, fingerprint: str = "m", **fields: int)
         running_sequences=0,
         context_tokens=0 if prefills else queued,
         num_cached_blocks=0,
+        chunk_tokens=64,
         cost=COST,
     )
     return base._replace(**fields)
@@ -91,7 +92,7 @@ def test_without_a_usable_source_the_decode_worker_computes_the_prompt(name: str
     ):
         placement = place(name, seen)
         assert (placement.prefill, placement.num_to_compute) == (None, 70)
-        assert placement.reason.startswith("local: no prefill worker")
+        assert placement.reason.startswith("local: " if name == "predicted" else "local: no prefill worker")
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -86,3 +86,29 @@ def _leading_runs(
                 break
             runs[worker] += 1
     return dict(runs)
+
+
+@settings(max_examples=300)
+@given(st.dictionaries(workers, st.integers(0, 200), min_size=1), st.integers(0, 200))
+def test_prefixes_that_are_held_from_their_beginning(depths: dict[Incarnation, int], num_asked: int) -> None:
+    prompt = [BlockHash(i * 0x9E3779B97F4A7C15 % 2**64) for i in range(1, 201)]
+    index = PrefixIndex()
+    for worker, depth in depths.items():
+        index.add_worker(worker)
+        index.store(worker, prompt[:depth])
+    expected = {worker: min(depth, num_asked) for worker, depth in depths.items() if min(depth, num_asked)}
+    assert num_held_blocks(index, prompt[:num_asked]) == expected
+
+
+@settings(max_examples=100)
+@given(st.integers(0, 60), st.integers(1, 60))
+def test_a_prefix_without_its_beginning_is_not_held(first_held: int, num_asked: int) -> None:
+    prompt = [BlockHash(i * 0x9E3779B97F4A7C15 % 2**64) for i in range(1, 61)]
+    index = PrefixIndex()
+    index.add_worker(Incarnation(1))
+    index.add_worker(Incarnation(2))
+    index.store(Incarnation(1), prompt[first_held:])
+    index.store(Incarnation(2), prompt[:7])
+    held = num_held_blocks(index, prompt[:num_asked])
+    assert held.get(Incarnation(1), 0) == (num_asked if first_held == 0 else 0)
+    assert held[Incarnation(2)] == min(7, num_asked)

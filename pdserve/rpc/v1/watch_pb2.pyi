@@ -141,7 +141,7 @@ class Report(_message.Message):
     def __init__(self, incarnation: _Optional[int] = ..., stored: _Optional[_Iterable[int]] = ..., removed: _Optional[_Iterable[int]] = ..., num_names: _Optional[int] = ..., xor_names: _Optional[int] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("state", "waiting_requests", "waiting_tokens", "running_sequences", "running_context_tokens", "blocks", "step", "last_submit", "prefill_tokens_per_s", "decode_step_s")
+    __slots__ = ("state", "waiting_requests", "waiting_tokens", "running_sequences", "running_context_tokens", "blocks", "step", "last_submit", "prefill_tokens_per_s", "decode_step_s", "prefill_slowdown", "decode_slowdown")
     STATE_FIELD_NUMBER: _ClassVar[int]
     WAITING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +152,8 @@ class WorkerLoad(_message.Message):
     LAST_SUBMIT_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     DECODE_STEP_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_SLOWDOWN_FIELD_NUMBER: _ClassVar[int]
+    DECODE_SLOWDOWN_FIELD_NUMBER: _ClassVar[int]
     state: WorkerState
     waiting_requests: int
     waiting_tokens: int
@@ -162,7 +164,9 @@ class WorkerLoad(_message.Message):
     last_submit: int
     prefill_tokens_per_s: float
     decode_step_s: float
-    def __init__(self, state: _Optional[_Union[WorkerState, str]] = ..., waiting_requests: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., running_sequences: _Optional[int] = ..., running_context_tokens: _Optional[int] = ..., blocks: _Optional[_Union[BlockCounts, _Mapping]] = ..., step: _Optional[int] = ..., last_submit: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ...) -> None: ...
+    prefill_slowdown: float
+    decode_slowdown: float
+    def __init__(self, state: _Optional[_Union[WorkerState, str]] = ..., waiting_requests: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., running_sequences: _Optional[int] = ..., running_context_tokens: _Optional[int] = ..., blocks: _Optional[_Union[BlockCounts, _Mapping]] = ..., step: _Optional[int] = ..., last_submit: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., prefill_slowdown: _Optional[float] = ..., decode_slowdown: _Optional[float] = ...) -> None: ...
 
 class BlockCounts(_message.Message):
     __slots__ = ("free", "cached", "reserved", "active")
