@@ -28,7 +28,7 @@ MAX_NEWS = 1000
 
 
 class DeploymentStore(Protocol):
-    """Where the controller that comes after this one finds what is wanted."""
+    """Where the controller that comes after this one finds what is wanted. It needs Ray's head."""
 
     async def keep(self, deployment: Deployment) -> None: ...
     async def forget(self) -> None: ...
@@ -58,6 +58,7 @@ class Controller:
         self._members = Members(-1, ())
         self._told: dict[str, int] = {}  # router id -> epoch that it was sent last
         self._connected: dict[str, int] = {}  # router id -> epoch in which it reaches all workers
+        self._wanting = asyncio.Lock()  # each change starts from what the one before has made
         self._slots = Slots(deployment, processes, clock, self._on_change)
 
     @property
@@ -101,7 +102,8 @@ class Controller:
     async def scale(self, sizes: Mapping[str, int], deadline_s: float | None) -> SystemStatus:
         """Let pools have other numbers of workers, by the configuration's names. Who is too many leaves in
         `deadline_s` (None: as configured). Returns before all that is done. Raises ConfigError."""
-        await self._want(self._deployment.resized(sizes), deadline_s)
+        async with self._wanting:
+            await self._want(self._deployment.resized(sizes), deadline_s)
         return self._status()
 
     async def drain(self, worker_id: str, deadline_s: float | None) -> int:
@@ -122,7 +124,8 @@ class Controller:
     ) -> SystemStatus:
         """Replace the workers, one after the other, by such as `config` makes them. Returns before that is
         done. Raises ConfigError."""
-        await self._want(rolled_out(self._deployment, config, model), deadline_s)
+        async with self._wanting:
+            await self._want(rolled_out(self._deployment, config, model), deadline_s)
         return self._status()
 
     def _deadline_s(self, wanted_s: float | None) -> float:
@@ -158,7 +161,10 @@ class Controller:
         """End all processes: first the routers, then the workers."""
         self._is_stopped = True
         await self._slots.close()
-        await self._store.forget()
+        if self._has_head:
+            with contextlib.suppress(TimeoutError):  # the head has gone just now
+                async with asyncio.timeout(REPORT_TIMEOUT_S):
+                    await self._store.forget()
 
     @staticmethod
     async def _inspect(slot: Slot) -> ProcessIntegrity:

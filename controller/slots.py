@@ -2,7 +2,7 @@
 in good order. Knows no Ray."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any
 
 from controller.plan import Deployment
@@ -27,8 +27,7 @@ class Slots:
         self._slots: dict[str, Slot] = {}
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._errands: set[asyncio.Task[None]] = set()
-        wanted = deployment.specs()
-        for spec in wanted + [spec for spec in processes.left_behind(deployment) if spec not in wanted]:
+        for spec in [*deployment.specs(), *self._too_many(processes.left_behind(deployment))]:
             self._add(spec, processes.find(spec, deployment))
         self._note_who_is_wanted()
 
@@ -97,6 +96,11 @@ class Slots:
         await cancel_and_wait(*self._keepers.values(), *self._errands)
         await asyncio.gather(*[slot.stop() for slot in self.routers])
         await asyncio.gather(*[slot.stop() for slot in self.workers])
+
+    def _too_many(self, specs: Iterable[ProcessSpec]) -> list[ProcessSpec]:
+        """The workers among them that are not wanted."""
+        wanted, pools = self.deployment.specs(), self.deployment.pool_names[1:]
+        return [spec for spec in specs if spec.pool in pools and spec not in wanted]
 
     def _add(self, spec: ProcessSpec, found: Process | None) -> None:
         slot = Slot(spec, lambda: self.deployment, self._processes, self._clock, self._changed)

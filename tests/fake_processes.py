@@ -163,6 +163,7 @@ class FakeStore:
         self.kept: Deployment | None = None
 
     async def keep(self, deployment: Deployment) -> None:
+        await asyncio.sleep(0)
         self.kept = deployment
 
     async def forget(self) -> None:

@@ -300,6 +300,36 @@ def test_a_restarted_controller_drains_who_is_too_many_and_does_not_know() -> No
     virtually(scenario())
 
 
+def test_who_belongs_to_no_pool_of_this_system_is_left_alone() -> None:
+    """An earlier system of that name, which ended badly, was unsplit and had more routers."""
+
+    async def scenario() -> None:
+        earlier = FakeProcesses()
+        first = controller_of(deployment(pools__prefill__replicas=0, router__replicas=2), earlier)
+        await follow_until(first, SystemState.READY)
+        vanish(first)
+        processes = FakeProcesses(left_behind=earlier)
+        second = controller_of(deployment(), processes)
+        await ready(second, "prefill-0", "decode-0")
+        assert not earlier["unsplit-0"].deadlines
+        assert not earlier["router-1"].deadlines
+        await second.shut_down()
+
+    virtually(scenario())
+
+
+def test_two_changes_at_once_both_count() -> None:
+    async def scenario() -> None:
+        processes = FakeProcesses()
+        controller = controller_of(deployment(), processes)
+        await follow_until(controller, SystemState.READY)
+        await asyncio.gather(controller.scale({"prefill": 2}, None), controller.scale({"decode": 2}, None))
+        await ready(controller, "prefill-0", "prefill-1", "decode-0", "decode-1")
+        await controller.shut_down()
+
+    virtually(scenario())
+
+
 def test_a_worker_that_dies_while_it_is_to_leave_is_gone() -> None:
     async def scenario() -> None:
         processes = FakeProcesses()
