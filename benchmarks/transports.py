@@ -261,7 +261,7 @@ def main() -> None:
     _report(rates, num_bytes, arguments.json)
 
 
-def run(num_blocks: int, num_rounds: int, transports: Sequence[str]) -> dict[str, Rates]:
+def run(num_blocks: int, num_rounds: int, transports: Sequence[str] = TRANSPORTS) -> dict[str, Rates]:
     """Start the source, measure, stop it."""
     command = [sys.executable, "-m", "benchmarks.transports", "--serve", str(num_blocks)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as source:
