@@ -6,7 +6,7 @@ from typing import Protocol
 from decode_worker.scheduler import PrefillQuota, plan_chunks
 from pdserve.contract.block_names import ChainRoot
 from pdserve.contract.ids import SubmitNumber, WorkerId
-from pdserve.contract.messages import Role, WorkerLoad, WorkerState
+from pdserve.contract.messages import RequestTimings, Role, WorkerLoad, WorkerState
 from pdserve.engine.block_allocator import BlockAllocator
 from pdserve.engine.chunking import PromptProgress, chunk_tokens_within
 from pdserve.handoff.ledger import BlockLedger
@@ -23,6 +23,7 @@ class Listener(Protocol):
     """The router, as a worker sees it."""
 
     def first_token(self, attempt: Attempt) -> None: ...
+    def kv_has_come(self, attempt: Attempt, timings: RequestTimings) -> None: ...
     def finished(self, attempt: Attempt) -> None: ...
     def preempted(self, attempt: Attempt) -> None: ...
 
@@ -98,14 +99,15 @@ class DecodeWorker:
             self._catch_up()
             self._finish(attempt)
 
-    def sealed(self, attempt: Attempt) -> None:
-        """All KV is there and verified."""
+    def sealed(self, attempt: Attempt, timings: RequestTimings) -> None:
+        """All KV is there and verified; `timings` tell how it travelled."""
         if attempt.phase is not Phase.RECEIVING:
             return
         attempt.num_computed = attempt.num_to_prefill
         self._publish(attempt)
         attempt.phase = Phase.ARRIVED
         self._arrived.append(attempt)
+        self._events.after(self._timing.message_s, lambda: self._listener.kv_has_come(attempt, timings))
         self._wake()
 
     # What the worker tells.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pdserve.contract.block_names import ChainRoot, name_blocks
 from pdserve.contract.errors import PdserveError
 from pdserve.contract.ids import BlockHash, SubmitNumber, WorkerId
+from pdserve.contract.messages import RequestTimings
 from pdserve.contract.tokens import slice_tokens
 from pdserve.contract.work import ModelInfo
 from router.admission import Admission
@@ -13,6 +14,7 @@ from router.booking import Booking
 from router.bounds import check_length
 from router.fleet import Fleet
 from router.journey import JourneySettings
+from router.output_lengths import OutputLengths
 from router.placement.policy import Placement, PlacementPolicy, PlacementRequest
 from simulator.attempt import Attempt, Course
 from simulator.decode import DecodeWorker
@@ -46,6 +48,7 @@ class Front:
     events: Events
     courses: list[Course] = field(default_factory=list)
     inside: dict[int, Progress] = field(default_factory=dict)  # request index -> its progress
+    _output_lengths: OutputLengths = field(default_factory=OutputLengths)
     _num_submits: dict[WorkerId, int] = field(default_factory=dict)
 
     def arrive(self, request: Request) -> None:
@@ -67,14 +70,20 @@ class Front:
     # What workers tell.
 
     def first_token(self, attempt: Attempt) -> None:
-        progress = self.inside.get(attempt.request.index)
-        if progress is not None and progress.course.attempts[-1] is attempt and progress.booking is not None:
-            progress.booking.prefill_is_done()
+        booking = self._booking(attempt)
+        if booking is not None:
+            booking.prefill_is_done()
+
+    def kv_has_come(self, attempt: Attempt, timings: RequestTimings) -> None:
+        booking = self._booking(attempt)
+        if booking is not None:
+            booking.kv_has_come(timings)
 
     def finished(self, attempt: Attempt) -> None:
         progress = self.inside.pop(attempt.request.index)
         self._clear_booking(progress)
         self.admission.leave(attempt.request.num_prompt)
+        self._output_lengths.note(attempt.request.num_output)
 
     def preempted(self, attempt: Attempt) -> None:
         """Its tokens are with the client: they are a part of the prompt of the next attempt."""
@@ -91,7 +100,8 @@ class Front:
         num_tokens = request.num_prompt + progress.num_known
         most_tokens = request.num_prompt + request.num_output
         view = self.fleet.view(progress.names, self.model.block_size, self.events.now)
-        asked = PlacementRequest(num_tokens, most_tokens, most_tokens - num_tokens)
+        expected_tokens = self._output_lengths.expected(most_tokens - num_tokens)
+        asked = PlacementRequest(num_tokens, most_tokens, expected_tokens)
         placement = self.policy.choose(asked, view)
         assert placement is not None, "no worker takes a request that the largest pool has room for"
         attempt = self._attempt(progress, placement)
@@ -120,6 +130,13 @@ class Front:
         self.reports[attempt.decode].wake()
         if attempt.prefill is not None:
             self.reports[attempt.prefill].wake()
+
+    def _booking(self, attempt: Attempt) -> Booking | None:
+        """Of an attempt that has not ended; what comes later concerns nobody."""
+        progress = self.inside.get(attempt.request.index)
+        if progress is None or progress.course.attempts[-1] is not attempt:
+            return None
+        return progress.booking
 
     def _clear_booking(self, progress: Progress) -> None:
         if progress.booking is not None:

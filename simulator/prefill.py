@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pdserve.contract.block_names import ChainRoot
 from pdserve.contract.ids import SubmitNumber, WorkerId
-from pdserve.contract.messages import Role, WorkerLoad, WorkerState
+from pdserve.contract.messages import RequestTimings, Role, WorkerLoad, WorkerState
 from pdserve.engine.block_allocator import BlockAllocator
 from pdserve.engine.chunking import PromptProgress, chunk_tokens_within
 from pdserve.handoff.ledger import BlockHold, BlockLedger
@@ -40,6 +40,9 @@ class Job:
     """Leading tokens that the decode worker has, or that are on their way."""
     arrives_at: float = 0.0
     """When all that was sent so far is there."""
+    transfer_s: float = 0.0
+    """Of what was sent so far, waiting for the link included."""
+    transfer_tokens: int = 0
     hold: BlockHold | None = field(default=None)
     """None while it is queued, and when the call has ended."""
     ended: bool = False
@@ -243,14 +246,26 @@ class PrefillWorker:
     def _sealed(self, job: Job) -> None:
         if not job.ended:
             self._leave(job)
-            job.decode.sealed(job.attempt)
+            job.decode.sealed(job.attempt, self._timings(job))
+
+    def _timings(self, job: Job) -> RequestTimings:
+        return RequestTimings(
+            transfer_s=job.transfer_s,
+            transfer_bytes=job.transfer_tokens * self._timing.kv_bytes_per_token,
+            transfer_is_whole=True,
+        )
 
     def _ship(self, job: Job, stop: int, ready_at: float, step_s: float) -> None:
         """Send what is new of the first `stop` tokens. The last chunk's KV leaves in parts while its step of
         `step_s` runs, all but its tail."""
-        seconds = self._timing.transfer_s(max(0, stop - job.num_shipped))
+        num_tokens = max(0, stop - job.num_shipped)
+        seconds = self._timing.transfer_s(num_tokens)
         tail_share = self._timing.tail_share if step_s else 1.0
-        begins_at = max(ready_at - (1 - tail_share) * step_s, self.link.free_at, job.decode.link.free_at)
+        may_begin_at = ready_at - (1 - tail_share) * step_s
+        begins_at = max(may_begin_at, self.link.free_at, job.decode.link.free_at)
+        if num_tokens:
+            job.transfer_tokens += num_tokens
+            job.transfer_s += begins_at - may_begin_at + seconds
         job.arrives_at = max(begins_at + seconds, ready_at + tail_share * seconds, job.arrives_at)
         self.link.free_at = job.decode.link.free_at = max(begins_at + seconds, self.link.free_at)
         job.num_shipped = max(stop, job.num_shipped)

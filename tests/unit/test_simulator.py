@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.policies import lru_hits as bound_hits
 from load_generator.traces import PlannedRequest
 from pdserve.contract.errors import ConfigError
 from router.admission import AdmissionLimits
@@ -191,6 +192,18 @@ def test_hits_are_those_of_an_lru(num_blocks: int) -> None:
     fitting = [row for row in planned if row.num_prompt_tokens + row.num_output_tokens <= num_blocks * 16]
     _, records = served(fitting, unsplit(replace(TIMING, pool_tokens=num_blocks * 16)))
     assert [record.num_cached_tokens for record in records] == lru_hits(fitting, num_blocks)
+
+
+@pytest.mark.parametrize("num_blocks", [40, 1000])
+def test_the_bound_of_the_benchmark_is_what_one_worker_reaches(num_blocks: int) -> None:
+    """Where nothing but whole prompts is ever cached."""
+    whole = [
+        replace(row, num_prompt_tokens=16 * len(row.prefix_ids), num_output_tokens=1)
+        for row in families(random.Random(4), 200)
+        if len(row.prefix_ids) < num_blocks
+    ]
+    _, records = served(whole, unsplit(replace(TIMING, pool_tokens=num_blocks * 16)))
+    assert [record.num_cached_tokens for record in records] == bound_hits(whole, 16, num_blocks)
 
 
 @settings(max_examples=40, deadline=None)
