@@ -11,7 +11,7 @@ process is the load generator.
 First the rate is swept, once for each workload and arrangement, to the knee: the highest rate at which 90 %
 of the requests keep the SLO "pace". Then each workload is replayed at two rates that all arrangements have in
 common, in turns: at 80 % of the lowest knee, where all of them keep up, and at the highest knee, where only
-one does. The three arrangements get the same prompts; no two repetitions share any.
+one does. All arrangements get the same prompts; no two repetitions share any.
 
 Every finished run is in the results file at once, and the same command goes on where an earlier one ended.
 """
@@ -36,7 +36,7 @@ from tokenizers.models import WordLevel
 from benchmarks.conditions import conditions
 from benchmarks.engine import make_model
 from benchmarks.replay import Workload, read_workload, replay
-from benchmarks.splitting_plan import ARRANGEMENTS, Plan, first_rate, run_seconds
+from benchmarks.splitting_plan import ARRANGEMENTS, USUAL, Plan, first_rate, run_seconds
 from benchmarks.splitting_results import Results, sweep_of
 from benchmarks.systems import System, running
 from load_generator.prompts import Vocabulary
@@ -48,7 +48,10 @@ WARM_UP_REQUESTS = 20
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the systems are ended then, too
     arguments = _parse()
-    plan = Plan(num_requests=8, repetitions=1, max_sweep_runs=2) if arguments.smoke else Plan()
+    names = tuple(arguments.arrangements)
+    plan = Plan(arrangements=names)
+    if arguments.smoke:
+        plan = Plan(num_requests=8, repetitions=1, max_sweep_runs=2, arrangements=names)
     traces = sorted(arguments.traces.glob("*.jsonl"))
     if not traces:
         raise SystemExit(f"no *.jsonl in {arguments.traces}")
@@ -135,6 +138,7 @@ def _line(key: Mapping[str, Any], told: Mapping[str, Any]) -> str:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("traces", type=Path, help="a folder of request traces")
+    parser.add_argument("--arrangements", nargs="+", choices=ARRANGEMENTS, default=USUAL, metavar="NAME")
     parser.add_argument("--smoke", action="store_true", help="8 requests a run, one repetition; 3 minutes")
     parser.add_argument("--plan", action="store_true", help="only say what would be measured")
     parser.add_argument("--json", metavar="FILE", type=Path, help="results, also those of an earlier command")

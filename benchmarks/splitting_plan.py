@@ -32,6 +32,8 @@ class Arrangement:
     num_prefill: int
     num_decode: int
     threads: int
+    policy: str = "longest_prefix"
+    """How routers place requests: by this one, split pools split always."""
 
     def config(self, name: str, model: Path) -> dict[str, Any]:
         """Of its deployment; all arrangements have the same KV memory in all."""
@@ -46,7 +48,7 @@ class Arrangement:
                 "step_budget_ms": STEP_BUDGET_MS,
             },
             "pools": {"prefill": {"replicas": self.num_prefill}, "decode": {"replicas": self.num_decode}},
-            "router": {"http_port": 0},
+            "router": {"http_port": 0, "policy": self.policy},
         }
 
 
@@ -57,7 +59,15 @@ ARRANGEMENTS = {
     "split": Arrangement("one prefill and one decode worker, one thread each", 1, 1, 1),
     "two unsplit": Arrangement("two unsplit workers, one thread each", 0, 2, 1),
     "one unsplit": Arrangement("one unsplit worker with two threads", 0, 1, 2),
+    "split or local": Arrangement(
+        "as split, but the decode worker computes prompts, too, where that is predicted to be faster",
+        1,
+        1,
+        1,
+        "predicted",
+    ),
 }
+USUAL = ("split", "two unsplit", "one unsplit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +79,7 @@ class Plan:
     repetitions: int = 7
     max_sweep_runs: int = 5
     shape: Mapping[str, Any] = field(default_factory=lambda: SHAPE)
-    arrangements: tuple[str, ...] = tuple(ARRANGEMENTS)
+    arrangements: tuple[str, ...] = USUAL
 
     def describe(self, workloads: Sequence[Workload]) -> dict[str, Any]:
         """All that results depend on, as JSON."""

@@ -14,8 +14,8 @@ from benchmarks.splitting_plan import RATES
 from benchmarks.splitting_results import MIN_GOOD_SHARE, SWEPT_SLO
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-COLOURS = ("#0a7f6f", "#c4561e", "#5b5bb0")
-MARKERS = ("o", "s", "^")
+COLOURS = ("#0a7f6f", "#c4561e", "#5b5bb0", "#a8357d")
+MARKERS = ("o", "s", "^", "D")
 TIMES = {
     "first token p99, ms": ("first_token_ms", "p99"),
     "second token p50, ms": ("second_token_ms", "p50"),
@@ -68,10 +68,12 @@ def _latency(results: Mapping[str, Any]) -> Figure:
         for column, workload in enumerate(workloads):
             axes = panels[row][column]
             for group, rate in enumerate(RATES):
-                _draw_group(axes, results, (workload, rate), 4 * group, lambda run: run[key][percentile])  # noqa: B023
+                first_x = (len(COLOURS) + 1) * group
+                _draw_group(axes, results, (workload, rate), first_x, (key, percentile))
             axes.set_yscale("log")
             axes.set_xticks(
-                [4 * group + 1 for group in range(len(RATES))], [f"{rate} rate" for rate in RATES]
+                [(len(COLOURS) + 1) * group + 1 for group in range(len(RATES))],
+                [f"{rate} rate" for rate in RATES],
             )
             axes.grid(alpha=0.3, axis="y")
             axes.yaxis.set_major_formatter(matplotlib.ticker.LogFormatter(labelOnlyBase=False))
@@ -82,10 +84,9 @@ def _latency(results: Mapping[str, Any]) -> Figure:
                 axes.set_title(workload)
             if not column:
                 axes.set_ylabel(label)
+    num_names = len(results["arrangements"])
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(
-        handles[: len(COLOURS)], labels[: len(COLOURS)], loc="outside lower center", ncols=len(COLOURS)
-    )
+    figure.legend(handles[:num_names], labels[:num_names], loc="outside lower center", ncols=len(COLOURS))
     return figure
 
 
@@ -94,16 +95,18 @@ def _draw_group(
     results: Mapping[str, Any],
     where: tuple[str, str],
     first_x: int,
-    value_of: Callable[[Mapping[str, Any]], float],
+    value: tuple[str, str],
 ) -> None:
-    """The runs of one workload and rate: a column of points for each arrangement, with their median."""
+    """The runs of one workload and rate, by their time and its percentile: a column of points for each
+    arrangement, with their median."""
+    key, percentile = value
     for place, name in enumerate(results["arrangements"]):
         runs = [
             run
             for run in results["runs"]
             if (run["workload"], run["rate"]) == where and run["arrangement"] == name
         ]
-        values = sorted(value_of(run) for run in runs)
+        values = sorted(run[key][percentile] for run in runs)
         xs = [first_x + place] * len(values)
         axes.plot(xs, values, MARKERS[place], markersize=4, alpha=0.6, color=COLOURS[place], label=name)
         if values:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.replay import SLOS, Workload, read_workload
-from benchmarks.splitting_plan import ARRANGEMENTS, Plan, first_rate
+from benchmarks.splitting_plan import USUAL, Plan, first_rate
 from benchmarks.splitting_results import Results, common_rates, knee, knee_of
 from load_generator.traces import PlannedRequest
 from tools import splitting_plots
@@ -72,9 +72,9 @@ def test_a_workload_keeps_its_pace_at_every_rate() -> None:
 
 
 def test_the_knee_is_the_highest_rate_below_the_first_bad_one() -> None:
-    assert [knee(SWEEPS, "chat", name) for name in ARRANGEMENTS] == [6.0, 5.0, 2.7]
-    assert [knee_of(SWEEPS, "chat", name, "no stall") for name in ARRANGEMENTS] == [6.0, None, None]
-    assert common_rates(SWEEPS, "chat", tuple(ARRANGEMENTS)) == {"low": 2.16, "high": 6.0}
+    assert [knee(SWEEPS, "chat", name) for name in USUAL] == [6.0, 5.0, 2.7]
+    assert [knee_of(SWEEPS, "chat", name, "no stall") for name in USUAL] == [6.0, None, None]
+    assert common_rates(SWEEPS, "chat", USUAL) == {"low": 2.16, "high": 6.0}
 
 
 def test_a_sweep_begins_where_one_core_might_end(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_arrangements_take_turns_and_what_is_there_is_not_measured_again(tmp_pat
         {"workload": "chat", "arrangement": name, "rate": rate, "repetition": number}
         for number in (0, 1)
         for rate in ("low", "high")
-        for name in ARRANGEMENTS
+        for name in USUAL
     ]
     assert [missing.key for missing in results(tmp_path).missing()] == turns
     results(tmp_path, *(run(**key) for key in turns[:4]))
@@ -132,7 +132,7 @@ def test_the_page_has_medians_spreads_and_ratios_of_pairs(tmp_path: Path) -> Non
 
 def test_plots_know_their_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(splitting_plots, "DOCS", tmp_path)
-    found = results(tmp_path, *(run(arrangement=name, rate="low", repetition=0) for name in ARRANGEMENTS))
+    found = results(tmp_path, *(run(arrangement=name, rate="low", repetition=0) for name in USUAL))
     assert not splitting_plots.are_of(found.content)
     splitting_plots.write(found.content)
     assert splitting_plots.are_of(found.content)
