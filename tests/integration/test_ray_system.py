@@ -103,7 +103,7 @@ def test_a_request_leaves_one_line_without_its_text_in_the_routers_log(ray_syste
     lines = [line for path in logs for line in path.read_text(errors="replace").splitlines()]
     assert not [line for line in lines if "walrus" in line]
     (line,) = [line for line in lines if request_id in line]
-    assert " INFO router-0 router.journey: request ended " in line
+    assert " INFO router-0 router.request_log: request ended " in line
     fields = dict(field.partition("=")[::2] for field in line.partition(" request ended ")[2].split(" "))
     assert fields["request_id"] == request_id
     assert fields["client_request_id"] == "find-me"
