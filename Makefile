@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PACKAGES := pdserve router prefill_worker decode_worker controller load_generator simulator
 
-.PHONY: install up test check format proto docs bench simulate-faults simulate-mutations faults soak clean
+.PHONY: install up test check format proto docs bench simulate-faults simulate-mutations faults scale-storm soak clean
 
 install: $(VENV)/.installed-dev  ## everything that the other verbs need
 
@@ -56,6 +56,10 @@ simulate-mutations: $(VENV)/.installed-dev  ## whether the simulation finds plan
 
 faults: $(VENV)/.installed-dev  ## every fault at every state of the real system; ARGS="--rounds 3"
 	$(BIN)/python -m tests.faults.matrix $(ARGS)
+	$(BIN)/python -m tools.make_faults_docs
+
+scale-storm: $(VENV)/.installed-dev  ## scale-ins, drains and rollouts under load; ARGS="--scale-ins 10"
+	$(BIN)/python -m tests.faults.pool_changes $(ARGS)
 	$(BIN)/python -m tools.make_faults_docs
 
 soak: $(VENV)/.installed-dev  ## mixed load with faults for a long time; MINUTES=20

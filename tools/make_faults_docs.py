@@ -1,4 +1,4 @@
-"""Generate docs/faults.md from the results of `make faults` and `make soak`.
+"""Generate docs/faults.md from the results of `make faults`, `make scale-storm` and `make soak`.
 
 python -m tools.make_faults_docs            write it
 python -m tools.make_faults_docs --check    fail when the committed page is not what would be written
@@ -65,8 +65,9 @@ def main() -> int:
 
 def make_page() -> str:
     """The whole page as Markdown."""
-    faults, soak = _read("faults-cpu.json"), _read("soak-cpu.json")
-    return "\n".join([HEAD, *_faults(faults), *_cancels(faults.get("cancels")), *_soak(soak)])
+    faults, storm, soak = _read("faults-cpu.json"), _read("scale-storm-cpu.json"), _read("soak-cpu.json")
+    cancels = faults.get("cancels")
+    return "\n".join([HEAD, *_faults(faults), *_cancels(cancels), *_pool_changes(storm), *_soak(soak)])
 
 
 def _faults(results: Mapping[str, Any]) -> Iterator[str]:
@@ -84,6 +85,8 @@ def _row(row: str, all_runs: Sequence[Mapping[str, Any]]) -> str:
     text = ROWS[row]
     if row == "client":
         return f"| {text} | [below](#clients-that-go-away) | | | | | |"
+    if row in ("scale-in", "rollout"):
+        return f"| {text} | [below](#pools-that-change) | | | | | |"
     # Each worker has one port to come back to, so all that are killed are restarted at the same address.
     rows = ("prefill killed", "decode killed") if row == "restarted" else (row,)
     runs = [run for run in all_runs if run["row"] in rows]
@@ -124,6 +127,23 @@ def _cancels(cancels: Mapping[str, Any] | None) -> Iterator[str]:
         shown = [statistics.median(times_s), _percentile(times_s, 99), max(times_s)]
         yield f"| {side} workers | {len(times_s)} | {' | '.join(f'{1000 * s:.0f} ms' for s in shown)} |"
     yield ""
+
+
+def _pool_changes(results: Mapping[str, Any]) -> Iterator[str]:
+    runs = results.get("runs", [])
+    num_requests, lost, wrong, leaked = (
+        sum(run[key] for run in runs)
+        for key in ("num_requests", "num_lost", "num_wrong_tokens", "num_leaked_blocks")
+    )
+    yield f"## Pools that change\n\n{_conditions(results)}\n"
+    if runs:
+        yield (
+            f"Eight clients that never stop asking, while workers leave and come: {len(runs)} changes, "
+            f"{num_requests} requests, {lost} lost, {wrong} tokens wrong, {leaked} blocks leaked.\n"
+        )
+        yield CASES
+        yield from (_case(what, [run for run in runs if run["what"] == what]) for what in _in_order(runs))
+        yield ""
 
 
 def _soak(results: Mapping[str, Any]) -> Iterator[str]:

@@ -3,15 +3,25 @@ that does so often: a line of JSON per question on stdin, and one per answer on 
 
 import asyncio
 import json
+import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from controller.commands import running_controller
-from pdserve.config import FaultConfig
+from controller.model_files import resolve_model
+from controller.pool_commands import has_left, have_their_size, is_rolled_out
+from controller.status import SystemStatus
+from pdserve.config import FaultConfig, load_config
 from pdserve.contract.errors import PdserveError
 
 if TYPE_CHECKING:  # it imports Ray, whose settings have to be in the environment by then
     from controller.remote import RemoteController
+
+
+CONFIG_NAME = "rehearsal.yaml"
+"""The system's configuration, in its runtime folder."""
 
 
 async def main() -> None:
@@ -32,6 +42,18 @@ async def _answer(controller: "RemoteController", question: dict[str, Any]) -> d
     match question:
         case {"arm": fields}:
             return {"armed": await controller.arm(FaultConfig.model_validate(fields))}
+        case {"scale": sizes, "deadline_s": deadline_s}:
+            await _until(controller, await controller.scale(sizes, deadline_s), have_their_size)
+            return {"done": True}
+        case {"drain": worker, "deadline_s": deadline_s}:
+            pid = await controller.drain(worker, deadline_s)
+            await _until(controller, await controller.status(), lambda status: has_left(status, worker, pid))
+            return {"done": True}
+        case {"roll_out": settings, "deadline_s": deadline_s}:
+            config = load_config(Path(os.environ["XDG_RUNTIME_DIR"]) / CONFIG_NAME, settings)
+            status = await controller.roll_out(config, resolve_model(config, fetch=True), deadline_s)
+            await _until(controller, status, is_rolled_out)
+            return {"done": True}
         case {"follow": version, "within_s": seconds}:
             try:
                 async with asyncio.timeout(seconds):
@@ -46,6 +68,13 @@ async def _answer(controller: "RemoteController", question: dict[str, Any]) -> d
             return {"processes": [answer.as_json() for answer in await controller.check_integrity()]}
         case other:
             raise ValueError(f"{other} is no question")
+
+
+async def _until(
+    controller: "RemoteController", status: SystemStatus, is_done: Callable[[SystemStatus], bool]
+) -> None:
+    while not is_done(status):
+        status = await controller.follow(status.version)
 
 
 def _say(answer: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ def main() -> int:
         todo = [replace(case, seed=1000 * round_number + case.seed) for case in wanted]
         for run in run_all(todo):
             runs.append(run)
-            _say(run)
+            say(run)
             save(options.output, runs)
     if not options.rows or "cut" in options.rows:
         runs += run_network_cut(options.rounds)
@@ -93,7 +93,7 @@ def run_network_cut(rounds: int) -> Iterator[Run]:
     with small_chat_model() as model, system_on_islands(model) as (system, cluster):
         for seed in range(rounds):
             run = asyncio.run(cut_while_under_way(system, cluster, seed))
-            _say(run)
+            say(run)
             yield run
 
 
@@ -103,7 +103,7 @@ def run_poison(rounds: int) -> Iterator[Run]:
         for _ in range(rounds):
             with poisonable_system(model) as system:
                 run = asyncio.run(poison(system))
-            _say(run)
+            say(run)
             yield run
 
 
@@ -113,7 +113,7 @@ def run_head(rounds: int) -> Iterator[Run]:
         for _ in range(rounds):
             with private_pdserve() as pdserve, rehearsal(pdserve, model) as system:
                 run = asyncio.run(lose_head(system, HEAD_AWAY_S))
-            _say(run)
+            say(run)
             yield run
 
 
@@ -123,9 +123,11 @@ def run_cancels() -> Cancels:
         return asyncio.run(cancel(system, num_storm=1000, num_timed=200))
 
 
-def save(file: Path, runs: Sequence[Run], cancels: Cancels | None = None) -> None:
-    """Write what there is so far."""
-    content: dict[str, Any] = {"conditions": conditions("faults", "tests.faults.matrix")}
+def save(
+    file: Path, runs: Sequence[Run], cancels: Cancels | None = None, module: str = "tests.faults.matrix"
+) -> None:
+    """Write what there is so far, of runs by `module`."""
+    content: dict[str, Any] = {"conditions": conditions("faults", module)}
     content["runs"] = [run.as_json() for run in runs]
     if cancels is not None:
         content["cancels"] = cancels.as_json()
@@ -156,7 +158,8 @@ def _groups(todo: Sequence[Case]) -> Iterator[list[Case]]:
         yield group
 
 
-def _say(run: Run) -> None:
+def say(run: Run) -> None:
+    """One line."""
     mark = "ok " if run.is_good else "BAD"
     parts = [
         f"{mark} {run.row:15} {run.what}: lost {run.num_lost} of {run.num_requests}",

@@ -52,14 +52,15 @@ async def cut_while_under_way(system: Rehearsal, cluster: Islands, seed: int = 0
     async def cut() -> None:
         cluster.cut()
 
-    before = await _num_recoveries(system)
+    before = await num_recoveries(system)
     run = await system.run(replace(CASE, seed=seed), cut, cluster.heal)
-    run.happened = await _num_recoveries(system) > before
+    run.happened = await num_recoveries(system) > before
     return run
 
 
-async def _num_recoveries(system: Rehearsal) -> float:
+async def num_recoveries(system: Rehearsal, labels: str = "") -> float:
+    """How often requests have been placed again; with `labels`, only those, as in ``{cause="stalled"}``."""
     (router,) = (await system.status())["routers"]
     async with httpx.AsyncClient(timeout=30.0) as http:
         page = await http.get(router["metrics_url"])
-    return sample_sum(page.text, "pdserve_router_recoveries_total")
+    return sample_sum(page.text, f"pdserve_router_recoveries_total{labels}")

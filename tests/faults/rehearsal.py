@@ -28,6 +28,7 @@ import httpx
 import psutil
 import yaml
 
+from tests.faults.console import CONFIG_NAME
 from tests.faults.load import Answer, Client, Question, num_lost, num_wrong, questions
 from tests.ray_cluster import END_TIMEOUT_S, ROOT, Pdserve, Up, actors, free_ports, title
 from tests.reference import greedy_reference
@@ -36,8 +37,8 @@ from tests.small_models import SmallModel
 MODEL_NAME = "rehearsal"
 SETTLE_TIMEOUT_S = 60.0
 """How long a system may take until it is whole and at rest again; twice what a replacement takes here."""
-ANSWER_TIMEOUT_S = SETTLE_TIMEOUT_S + 30.0
-"""How long the controller may take for an answer; longer than it may be told to wait for news."""
+ANSWER_TIMEOUT_S = 5 * SETTLE_TIMEOUT_S
+"""How long an answer of the controller may take: the longest is a rollout, which replaces four workers."""
 LOOK_S = 0.02
 """Between two looks at the books: nobody outside is told when a hold ends."""
 
@@ -192,11 +193,11 @@ class Rehearsal:
         )
 
     async def status(self) -> dict[str, Any]:
-        return await self._ask(status=True)
+        return await self.ask(status=True)
 
     async def arm(self, fault: Mapping[str, Any]) -> None:
         """Let a process suffer it, from its next such event on."""
-        await self._ask(arm=dict(fault))
+        await self.ask(arm=dict(fault))
 
     async def at_rest(self) -> tuple[int, list[str]]:
         """Wait until nobody holds anything. Blocks that are held all the same, and what the processes find
@@ -216,10 +217,10 @@ class Rehearsal:
         return sum(holder["num_blocks"] for holder in holders), problems
 
     async def check(self) -> list[dict[str, Any]]:
-        processes: list[dict[str, Any]] = (await self._ask(check=True))["processes"]
+        processes: list[dict[str, Any]] = (await self.ask(check=True))["processes"]
         return processes
 
-    async def _ask(self, **question: Any) -> dict[str, Any]:
+    async def ask(self, **question: Any) -> dict[str, Any]:
         return await asyncio.to_thread(lambda: self._console.ask(**question))
 
     async def _whole_again(self, before: Mapping[str, Any], case: Case) -> list[str]:
@@ -237,7 +238,7 @@ class Rehearsal:
     async def _is_whole(self, gone: set[int]) -> bool:
         seen, deadline = 0, time.monotonic() + SETTLE_TIMEOUT_S
         while (left_s := deadline - time.monotonic()) > 0:
-            status = await self._ask(follow=seen, within_s=left_s)
+            status = await self.ask(follow=seen, within_s=left_s)
             if not status:
                 return False
             seen = status["version"]
@@ -322,7 +323,7 @@ def write_config(folder: Path, model: SmallModel, **sections: Any) -> Path:
         "router": {"http_port": 0},
         "network": {"worker_ports": f"{first_port}-{first_port + 3}"},
     }
-    file = folder / "rehearsal.yaml"
+    file = folder / CONFIG_NAME
     file.write_text(yaml.safe_dump(content | sections))
     return file
 

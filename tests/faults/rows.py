@@ -23,6 +23,8 @@ ROWS = {
     "no decode": "all decode workers gone",
     "poison": "poison request that kills workers",
     "head": "Ray head gone",
+    "scale-in": "scale-in, and workers that are drained",
+    "rollout": "rollout: every worker replaced by one with another configuration",
 }
 
 PREFILL_STATES = {

@@ -97,7 +97,7 @@ class Soak:
             kind = Kind.PLAIN
             if self.random.random() < FAULT_SHARE:
                 kind = await self._go_wrong(victims)
-            await self._ask(client, question, kind, known[question])
+            await self.ask(client, question, kind, known[question])
 
     async def _go_wrong(self, victims: "itertools.cycle[str]") -> Kind:
         """A fault of a worker when it is time for one, else one of the client."""
