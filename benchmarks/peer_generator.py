@@ -113,8 +113,6 @@ def run_guidellm(guidellm: Path, url: str, streams: int, count: int, seed: int) 
                 "kind": "openai_http",
                 "target": url,
                 "request_format": "/v1/completions",
-                # it asks for usage in every event, which is vLLM's extension
-                "extras": {"body": {"stream_options": {"continuous_usage_stats": None}}},
             },
             "profile": {"kind": "concurrent", "streams": streams},
             "tokenizer": {"kind": "hf_auto", "model": str(demo_model_path())},

@@ -144,8 +144,8 @@ class GenerateEndpoint:
 
     async def _run_stream(self, job: Job, head: AnswerHead, running: Running, reply: HttpReply) -> None:
         """The answer starts with the first piece, so that an error before it still has its own status."""
-        events = (ChatEvents if self._api == CHAT else CompletionEvents)(job, head, self._text_model)
         usage = Usage(job)
+        events = (ChatEvents if self._api == CHAT else CompletionEvents)(job, head, self._text_model, usage)
         begun: set[int] = set()
         async with running as pieces:
             async for piece in pieces:
@@ -156,7 +156,7 @@ class GenerateEndpoint:
                     text = events.first(job.choices[piece.index]) + text
                 if text:
                     await reply.write_event(text)
-            await reply.end_events(events.usage(usage) if job.include_usage else "")
+            await reply.end_events(events.usage())
 
     async def _run_whole(self, job: Job, head: AnswerHead, running: Running, reply: HttpReply) -> None:
         answer = chat_answer if self._api == CHAT else completion_answer

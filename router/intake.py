@@ -46,6 +46,8 @@ class Job:
     choices: tuple[ChoiceJob, ...]
     stream: bool
     include_usage: bool
+    continuous_usage: bool
+    """Every event tells the usage so far; only with `include_usage`."""
     return_token_ids: bool
     timings: bool
     """The answer tells how each choice went."""
@@ -133,6 +135,7 @@ class Intake:
             choices=tuple(choices),
             stream=given_or(body.stream, False),
             include_usage=_read_include_usage(body),
+            continuous_usage=_read_continuous_usage(body),
             return_token_ids=given_or(body.return_token_ids, False),
             timings=given_or(body.timings, False),
             logprobs=output.logprobs,
@@ -201,6 +204,18 @@ def _read_include_usage(body: SamplingBody) -> bool:
     if not body.stream:
         raise InvalidRequest("'stream_options' needs 'stream': true", param="stream_options")
     return body.stream_options.include_usage
+
+
+def _read_continuous_usage(body: SamplingBody) -> bool:
+    options = body.stream_options
+    if options is None or not options.continuous_usage_stats:
+        return False
+    if not options.include_usage:
+        raise InvalidRequest(
+            "'stream_options.continuous_usage_stats' needs 'include_usage': true",
+            param="stream_options.continuous_usage_stats",
+        )
+    return True
 
 
 def _fit(sampling: SamplingParams, prompt: Prompt, output: _Output, info: ModelInfo) -> SamplingParams:

@@ -63,6 +63,8 @@ class _Body(BaseModel):
 
 class StreamOptions(_Body):
     include_usage: bool = False
+    continuous_usage_stats: bool | None = None
+    """As vLLM has it: with `include_usage`, every event has the usage so far."""
 
 
 class ChatMessage(_Body):

@@ -22,10 +22,11 @@ DONE = "data: [DONE]\n\n"
 class CompletionEvents:
     """Events of a /v1/completions stream."""
 
-    def __init__(self, job: Job, head: AnswerHead, text_model: TextModel):
+    def __init__(self, job: Job, head: AnswerHead, text_model: TextModel, usage: Usage):
+        """`usage` counts on while events are made."""
         self._job = job
         self._text_model = text_model
-        self._frame = _Frame("text_completion", head, job.include_usage)
+        self._frame = _Frame("text_completion", head, job, usage)
         self._echoes = [echoed_text(choice, text_model) if job.echo else "" for choice in job.choices]
 
     def first(self, choice: ChoiceJob) -> str:
@@ -49,18 +50,19 @@ class CompletionEvents:
         content = f'"text":{escape(piece.text)},"logprobs":{logprobs}'
         return self._frame.event(piece.index, content, _in_choice(piece, self._job), piece.finish)
 
-    def usage(self, usage: Usage) -> str:
-        """The last event before the end, when the client asked for it."""
-        return self._frame.usage(usage)
+    def usage(self) -> str:
+        """The last event before the end; "" unless the client asked for it."""
+        return self._frame.usage() if self._job.include_usage else ""
 
 
 class ChatEvents:
     """Events of a /v1/chat/completions stream."""
 
-    def __init__(self, job: Job, head: AnswerHead, text_model: TextModel):
+    def __init__(self, job: Job, head: AnswerHead, text_model: TextModel, usage: Usage):
+        """`usage` counts on while events are made."""
         self._job = job
         self._text_model = text_model
-        self._frame = _Frame("chat.completion.chunk", head, job.include_usage)
+        self._frame = _Frame("chat.completion.chunk", head, job, usage)
 
     def first(self, choice: ChoiceJob) -> str:
         """Sent once per choice, with its first piece: who speaks, and the prompt's ids where asked for."""
@@ -79,9 +81,9 @@ class ChatEvents:
         content = f'"delta":{delta},"logprobs":{logprobs}'
         return self._frame.event(piece.index, content, _in_choice(piece, self._job), piece.finish)
 
-    def usage(self, usage: Usage) -> str:
-        """The last event before the end, when the client asked for it."""
-        return self._frame.usage(usage)
+    def usage(self) -> str:
+        """The last event before the end; "" unless the client asked for it."""
+        return self._frame.usage() if self._job.include_usage else ""
 
 
 def error_event(body: Mapping[str, Any]) -> str:
@@ -92,13 +94,15 @@ def error_event(body: Mapping[str, Any]) -> str:
 class _Frame:
     """What surrounds the content of every event of one answer."""
 
-    def __init__(self, kind: str, head: AnswerHead, include_usage: bool):
+    def __init__(self, kind: str, head: AnswerHead, job: Job, usage: Usage):
         self._head = (
             f'data: {{"id":{escape(head.answer_id)},"object":"{kind}",'
             f'"created":{head.created},"model":{escape(head.model)}'
         )
         self._before = self._head + ',"choices":[{"index":'
-        self._after_choices = ',"usage":null}\n\n' if include_usage else "}\n\n"
+        self._usage = usage
+        self._is_counted = job.continuous_usage
+        self._end = ',"usage":null}\n\n' if job.include_usage else "}\n\n"
 
     def event(
         self,
@@ -109,13 +113,14 @@ class _Frame:
         beside_choices: str = "",
     ) -> str:
         reason = f'"{finish}"' if finish else "null"
-        return (
-            f'{self._before}{index},{content},"finish_reason":{reason}{in_choice}}}]'
-            f"{beside_choices}{self._after_choices}"
-        )
+        end = self._counted_end() if self._is_counted else self._end
+        return f'{self._before}{index},{content},"finish_reason":{reason}{in_choice}}}]{beside_choices}{end}'
 
-    def usage(self, usage: Usage) -> str:
-        return f'{self._head},"choices":[],"usage":{json.dumps(usage.as_json())}}}\n\n'
+    def usage(self) -> str:
+        return f'{self._head},"choices":[]{self._counted_end()}'
+
+    def _counted_end(self) -> str:
+        return f',"usage":{json.dumps(self._usage.as_json())}}}\n\n'
 
 
 def _is_silent(piece: ChoicePiece, job: Job) -> bool:

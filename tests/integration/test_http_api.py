@@ -169,6 +169,22 @@ async def test_without_include_usage_no_chunk_has_it(system: System) -> None:
     assert all("usage" not in event and len(event["choices"]) == 1 for event in events)
 
 
+async def test_usage_in_every_chunk_counts_up(system: System) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    async with system.http.stream(
+        "POST",
+        "/v1/completions",
+        json={"prompt": "hello", "stream": True, "max_tokens": 4, "stream_options": options},
+    ) as response:
+        lines = [line async for line in response.aiter_lines() if line]
+    usages = [json.loads(line.removeprefix("data: "))["usage"] for line in lines[:-1]]
+    counts = [usage["completion_tokens"] for usage in usages]
+    assert counts == sorted(counts)
+    assert counts[-1] == counts[-2] == 4
+    totals = [usage["prompt_tokens"] + usage["completion_tokens"] for usage in usages]
+    assert [usage["total_tokens"] for usage in usages] == totals
+
+
 async def test_the_synchronous_client_works_too(system: System) -> None:
     def ask() -> tuple[str, str]:
         with openai.OpenAI(base_url=f"{system.url}/v1", api_key="none", max_retries=0) as client:
@@ -552,6 +568,11 @@ async def test_before_any_worker_is_there(text: TextModel) -> None:
         ({"suffix": "x"}, "suffix", "not supported"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "'stream': true"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unknown field"),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+            "'include_usage': true",
+        ),
         ({"max_token": 5}, "max_token", "did you mean 'max_tokens'?"),
         ({"priority": 2**40}, "priority", "between"),
     ],

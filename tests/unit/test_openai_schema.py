@@ -135,7 +135,7 @@ def test_usage_counts_cached_tokens_once_per_prompt() -> None:
 
 def test_completion_events_are_valid_whatever_the_text() -> None:
     job = completion(prompt=AWKWARD, echo=True, return_token_ids=True, stream=True, n=2)
-    events = CompletionEvents(job, HEAD, TEXT)
+    events = CompletionEvents(job, HEAD, TEXT, Usage(job))
     first, piece = events_of(
         events.first(job.choices[1])
         + events.piece(ChoicePiece(1, AWKWARD, pack_tokens([9, 8]), finish=FinishReason.LENGTH))
@@ -155,13 +155,13 @@ def test_completion_events_are_valid_whatever_the_text() -> None:
 
 def test_chat_events_are_valid_whatever_the_text() -> None:
     job = chat(stream=True, stream_options={"include_usage": True})
-    events = ChatEvents(job, HEAD, TEXT)
     usage = Usage(job)
+    events = ChatEvents(job, HEAD, TEXT, usage)
     first, piece, last, total = events_of(
         events.first(job.choices[0])
         + events.piece(ChoicePiece(0, AWKWARD, pack_tokens([9])))
         + events.piece(ChoicePiece(0, "", pack_tokens([9]), finish=FinishReason.STOP))
-        + events.usage(usage)
+        + events.usage()
     )
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert piece["choices"][0] == {
@@ -177,9 +177,10 @@ def test_chat_events_are_valid_whatever_the_text() -> None:
 
 def test_a_piece_whose_text_is_held_back_makes_no_event() -> None:
     piece = ChoicePiece(0, "", pack_tokens([9]))
-    assert CompletionEvents(completion(), HEAD, TEXT).piece(piece) == ""
-    assert ChatEvents(chat(), HEAD, TEXT).piece(piece) == ""
-    assert CompletionEvents(completion(return_token_ids=True), HEAD, TEXT).piece(piece) != ""
+    silent, silent_chat, with_ids = completion(), chat(), completion(return_token_ids=True)
+    assert CompletionEvents(silent, HEAD, TEXT, Usage(silent)).piece(piece) == ""
+    assert ChatEvents(silent_chat, HEAD, TEXT, Usage(silent_chat)).piece(piece) == ""
+    assert CompletionEvents(with_ids, HEAD, TEXT, Usage(with_ids)).piece(piece) != ""
 
 
 def test_impossible_tokens_have_a_log_probability_that_json_can_write() -> None:
