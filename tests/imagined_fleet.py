@@ -128,6 +128,7 @@ class ImaginedRequest:
             placement="imagined",
             submitted_s=0.001,
             first_token_s=0.5,
+            second_token_s=0.52,
             ended_s=ended_s,
             end=outcome,
             message=None,
