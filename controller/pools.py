@@ -52,7 +52,8 @@ class Process(Protocol):
         ...
 
     async def start(self) -> ProcessReport:
-        """Returns once it serves; at once when it does already. Raises StartRefused or ProcessEnded."""
+        """Returns once it serves, with how it is then; at once when it does already. Raises StartRefused or
+        ProcessEnded."""
         ...
 
     async def ended(self) -> str:

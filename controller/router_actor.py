@@ -36,7 +36,7 @@ class RouterActor:
         self._plan = plan
         self._faults = allowed_faults(plan)
         self._front: RouterFront | None = None
-        self._starting: asyncio.Task[ProcessReport | ErrorInfo] | None = None
+        self._starting: asyncio.Task[ErrorInfo | None] | None = None
         self._stopped = asyncio.Event()
 
     async def ping(self) -> int:
@@ -44,11 +44,11 @@ class RouterActor:
         return os.getpid()
 
     async def start(self) -> ProcessReport | ErrorInfo:
-        """Listen and report; what is wrong if that cannot be. Asked again, the same answer."""
+        """Listen and report; what is wrong if that cannot be. Asked again, by a restarted controller, it
+        reports how it is now."""
         if self._starting is None:
             self._starting = asyncio.create_task(self._start())
-        await self._starting
-        return self._starting.result()
+        return await self._starting or await self.report()
 
     async def report(self) -> ProcessReport:
         return self._front.report() if self._front else ProcessReport(os.getpid(), node_name())
@@ -77,7 +77,7 @@ class RouterActor:
             await self._front.stop()
         self._stopped.set()
 
-    async def _start(self) -> ProcessReport | ErrorInfo:
+    async def _start(self) -> ErrorInfo | None:
         try:
             module = await asyncio.to_thread(importlib.import_module, "controller.router_front")
             front: RouterFront = module.RouterFront(self._plan, self._faults)
@@ -87,4 +87,4 @@ class RouterActor:
             log.exception("cannot start")
             return start_error(error)
         self._front = front
-        return front.report()
+        return None

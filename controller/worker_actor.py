@@ -59,17 +59,18 @@ class WorkerActor:
         self._worker: Worker | None = None
         self._member: Member | None = None
         self._metrics_url = ""
-        self._starting: asyncio.Task[ProcessReport | ErrorInfo] | None = None
+        self._starting: asyncio.Task[ErrorInfo | None] | None = None
 
     async def ping(self) -> int:
         """Shows that the process lives; its id."""
         return os.getpid()
 
     async def start(self) -> ProcessReport | ErrorInfo:
-        """Load, listen, and report; what is wrong if that cannot be. Asked again, the same answer."""
+        """Load, listen, and report; what is wrong if that cannot be. Asked again, by a restarted controller,
+        it reports how it is now."""
         if self._starting is None:
             self._starting = asyncio.create_task(self._start())
-        return await self._starting
+        return await self._starting or await self.report()
 
     async def report(self) -> ProcessReport:
         return ProcessReport(
@@ -113,7 +114,7 @@ class WorkerActor:
         if self._worker is not None:
             await self._worker.stop()
 
-    async def _start(self) -> ProcessReport | ErrorInfo:
+    async def _start(self) -> ErrorInfo | None:
         try:
             # What is wrong with the network or with packages is said before the model is loaded.
             credentials = self._plan.deployment.credentials()
@@ -125,7 +126,7 @@ class WorkerActor:
         except Exception as error:  # whatever it is, the controller has to hear of it
             log.exception("cannot start")
             return start_error(error)
-        return await self.report()
+        return None
 
     def _load_engine(self) -> "ModelEngine":
         set_thread_environment(*self._threads())
