@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from controller.model_files import TEXT_FILES, fetch_text_files
 from controller.plan import Deployment, ModelSource
@@ -83,7 +83,12 @@ def _pool(now: PoolConfig, new: PoolConfig) -> PoolConfig:
 
 
 def _network(now: NetworkConfig, new: NetworkConfig) -> NetworkConfig:
-    return now.model_copy(update={"transports": new.transports})
+    """Raises ConfigError where the new transports break what the running network promises."""
+    try:
+        return NetworkConfig.model_validate(now.model_dump(mode="json") | {"transports": new.transports})
+    except ValidationError as error:
+        why = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"network.{why}", param="network.transports") from None
 
 
 def _content(file: Path) -> bytes | None:

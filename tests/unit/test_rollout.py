@@ -137,6 +137,14 @@ def test_what_a_running_system_cannot_become_is_refused(options: dict[str, objec
     assert refused.value.info.param == key
 
 
+def test_no_rollout_sends_unencrypted_what_tls_has_promised_to_encrypt() -> None:
+    """Also where the file leaves out the section, which was given on the command line."""
+    files = {f"network__tls__{name}": f"/{name}.pem" for name in ("certificate", "key", "authority")}
+    with pytest.raises(ConfigError, match=r"^network\.transports: nixl sends KV unencrypted") as refused:
+        rolled_out(deployment(**files), load_config(None, {"network.transports": ["nixl", "grpc"]}), MODEL)
+    assert refused.value.info.param == "network.transports"
+
+
 def test_another_name_of_the_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="the routers serve 'model', not 'other'"):
         rolled_out(four_workers(), NEW, replace(MODEL, served_name="other"))
