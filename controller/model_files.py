@@ -23,9 +23,10 @@ DEMO_NAME = "pdserve-demo"
 TEXT_FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
 
 
-def resolve_model(config: DeployConfig, fetch: bool) -> ModelSource:
+def resolve_model(config: DeployConfig, fetch: bool, takes_turns: bool = False) -> ModelSource:
     """Which model `config` means. With `fetch` its files are brought here first, so that everybody on this
-    machine finds them in one folder, and what can be told from them is refused here rather than by a worker.
+    machine finds them in one folder, and what can be told from them is refused here rather than by a worker:
+    also that there is no room for all workers, unless each takes the place of one that runs (`takes_turns`).
     Raises NotFound, ModelUnsupported or ConfigError."""
     wanted = config.model.path
     path = wanted or str(demo_model_path())
@@ -33,7 +34,9 @@ def resolve_model(config: DeployConfig, fetch: bool) -> ModelSource:
     if not fetch:
         return ModelSource(path, config.model.revision, name)
     checkpoint = find_checkpoint(path, config.model.revision)
-    _judge(config, path, checkpoint)
+    _require_known_architecture(path, checkpoint.config, config.model.trust_remote_code)
+    if not takes_turns:
+        _require_room(config, path, checkpoint)
     return ModelSource(str(checkpoint.folder.absolute()), config.model.revision, name)
 
 
@@ -51,8 +54,7 @@ def fetch_text_files(model: ModelSource) -> Path:
         ) from error
 
 
-def _judge(config: DeployConfig, path: str, checkpoint: Checkpoint) -> None:
-    _require_known_architecture(path, checkpoint.config, config.model.trust_remote_code)
+def _require_room(config: DeployConfig, path: str, checkpoint: Checkpoint) -> None:
     if not may_use_gpu(config.model.device):
         weight_bytes = checkpoint.loaded_bytes(config.model.dtype)
         require_room_for_all(config, path, weight_bytes, available_main_memory())

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from controller import running
 from controller.commands import running_controller
 from controller.model_files import resolve_model
+from controller.plan import ModelSource
 from controller.status import ProcessState, ProcessStatus, SystemStatus
 from controller.terminal import Progress, say
 from pdserve.config import DeployConfig
@@ -37,11 +39,19 @@ async def drain(name: str, address: str | None, worker_id: str, deadline_s: floa
 async def roll_out(address: str | None, config: DeployConfig, deadline_s: float | None) -> None:
     """Returns when every worker of the system that `config` names is as it says. Raises ConfigError,
     NotFound, or Unavailable when one cannot be started so; then the rollout stops there."""
-    model = resolve_model(config, fetch=config.ray.address is None)
+    model = model_of(config, address)
     async with running_controller(config.name, address) as controller:
         status = await controller.roll_out(config, model, deadline_s)
         status = await _follow(controller, status, is_rolled_out)
     say(f"all {len(status.workers)} workers of {config.name} have the new configuration")
+
+
+def model_of(config: DeployConfig, address: str | None) -> ModelSource:
+    """Which model `config` means for the system that it names. Where that is local its processes find it in a
+    folder of this machine; whether it is, the system knows: the file need not tell where Ray is. Raises
+    NotFound, ModelUnsupported or ConfigError."""
+    is_local = address is None and running.require(config.name).is_local
+    return resolve_model(config, fetch=is_local, takes_turns=True)
 
 
 def is_rolled_out(status: SystemStatus) -> bool:
