@@ -242,14 +242,16 @@ class Fleet:
 
     # What the journey asks.
 
-    def model_info(self) -> ModelInfo | None:
-        """None before the first worker has said what it serves. All members serve the same model; this is
-        how the worker with the largest pool does: the longest that can be served must fit there. While all
-        are being replaced it is what the former members said, so that requests wait for the new ones."""
+    def model_info(self, fingerprint: str | None = None) -> ModelInfo | None:
+        """None before the first worker has said what it serves. All members serve the same model, but in the
+        middle of a rollout, when `fingerprint` tells which is meant; this is how the worker with the largest
+        pool does: the longest that can be served must fit there. While all are being replaced it is what the
+        former members said, so that requests wait for the new ones."""
         hellos = [view.hello for view in self.workers.values() if view.hello is not None]
         decoding = [hello for hello in hellos if hello.role is not Role.PREFILL]
-        models = (hello.model for hello in decoding or hellos)
-        return max(models, key=lambda model: model.pool_tokens, default=self._former_model)
+        models = [hello.model for hello in decoding or hellos]
+        meant = (model for model in models if fingerprint in (None, model.fingerprint))
+        return max(meant, key=lambda model: model.pool_tokens, default=self._former_model)
 
     def view(
         self, names: Sequence[BlockHash], block_size: int, now: float, fingerprint: str | None = None

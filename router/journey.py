@@ -284,14 +284,15 @@ class Journey:
             log.warning("%s was at %d workers that died; it runs alone now", progress.request_id, len(deaths))
 
     def _choose(self, progress: Progress) -> Placement | None:
-        info = self._fleet.model_info()
+        info = self._fleet.model_info(progress.fingerprint)
         if info is None:
             return None
         self._require_same_model(progress)
         check_length(progress.most_tokens, info, f"{progress.most_tokens} tokens were asked for")
-        if not progress.names:
+        if progress.named_for != info.fingerprint:
             root = ChainRoot(info.fingerprint, progress.request.cache_salt)
             progress.names = name_blocks(progress.request.prompt_tokens, info.block_size, root.seed)
+            progress.named_for = info.fingerprint
         self._judge(progress)
         request = PlacementRequest(
             progress.num_known,

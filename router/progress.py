@@ -85,6 +85,8 @@ class Progress:
     closing: Closing
     span: Span = NO_SPAN
     names: list[BlockHash] = field(default_factory=list)  # of the prompt's full blocks
+    named_for: str | None = None
+    """The fingerprint of the model whose names these are."""
     output: bytearray = field(default_factory=bytearray)  # tokens that the client has
     fingerprint: str | None = None
     """Of the worker that its output came from; the rest comes from such a one."""

@@ -178,8 +178,8 @@ def test_a_worker_that_is_idle_leaves_at_once() -> None:
 class Revisions(MemorySystem):
     """Workers that are started later serve another model."""
 
-    def serve_next(self) -> None:
-        self._engine_options = {"vocab_size": 500}
+    def serve_next(self, **engine: int) -> None:
+        self._engine_options = engine or {"vocab_size": 500}
 
 
 def test_an_answer_goes_on_with_the_model_that_began_it_or_ends_with_an_error() -> None:
@@ -216,6 +216,31 @@ def test_who_has_no_answer_yet_gets_it_from_the_next_model() -> None:
             await system.start_worker("decode-0", role)
             system.push_members()
             assert await task == system.reference("decode-0", prompt, greedy(5))
+            await system.at_rest()
+
+    run_virtual(story())
+
+
+def test_what_workers_hold_is_counted_in_blocks_of_their_own_size() -> None:
+    """In the middle of a rollout of another one."""
+
+    async def story() -> None:
+        async with Revisions(num_prefill=0, num_decode=3, num_blocks=400) as system:
+            prompt = prompt_of(20)
+            expected = system.expected(prompt, greedy(300))
+            tasks = [asyncio.create_task(system.generate(prompt, greedy(300))) for _ in range(3)]
+            await system.clock.sleep(0.05)
+            system.serve_next(block_size=8)
+            await system.drain("decode-0", deadline_s=0.0)
+            await system.start_worker("decode-0", Role.UNSPLIT)
+            system.push_members()
+            await system.until_ready()
+            await system.drain("decode-1", deadline_s=0.0)
+            moved = [r.attempts[-1] for r in system.router.reports.running() if r.num_attempts > 1]
+            last = [attempt.placement for attempt in moved if attempt.decode_worker == "decode-2"]
+            assert last
+            assert all("decode-2 holds 16, " in placement for placement in last), last
+            assert await asyncio.gather(*tasks) == [expected] * 3
             await system.at_rest()
 
     run_virtual(story())
