@@ -226,7 +226,9 @@ class Controller:
         if slot.process is not None:
             with contextlib.suppress(ProcessEnded):  # the slot hears of it too
                 await slot.process.set_members(members)
-                self._connected[slot.spec.id] = members.epoch
+                # An earlier one may return later: it has waited for a worker that is no member any more.
+                known = self._connected.get(slot.spec.id, -1)
+                self._connected[slot.spec.id] = max(known, members.epoch)
                 self._on_change()
 
     def _is_ready(self) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from controller.pools import MAX_DEATHS, MAX_FIRST_DEATHS, STABLE_S, DeathRecord
 from controller.status import ProcessState, SystemState
 from pdserve.clock import VirtualClock
-from pdserve.contract.messages import Role
+from pdserve.contract.messages import Members, Role
 from tests.fake_processes import (
     START_S,
     FakeProcess,
@@ -110,6 +110,34 @@ def test_a_dead_router_is_replaced_and_told_who_is_there() -> None:
         assert second.members is not None
         assert first.members is not None
         assert second.members.members == first.members.members
+        await controller.shut_down()
+
+    virtually(scenario())
+
+
+def test_an_earlier_membership_that_arrives_late_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The router waits for a worker until a newer membership names it no more."""
+
+    async def scenario() -> None:
+        processes = FakeProcesses()
+        controller = controller_of(deployment(), processes)
+        await follow_until(controller, SystemState.READY)
+        arrived: list[int] = []
+        newer = asyncio.Event()
+
+        async def set_members(members: Members) -> None:
+            if members.epoch == before + 1:
+                await newer.wait()
+            newer.set()
+            arrived.append(members.epoch)
+
+        assert processes["router-0"].members is not None
+        before = processes["router-0"].members.epoch
+        monkeypatch.setattr(processes["router-0"], "set_members", set_members)
+        processes["decode-0"].die()
+        await asyncio.sleep(2 * START_S)
+        assert arrived[:2] == [before + 2, before + 1]
+        assert (await controller.status()).state is SystemState.READY
         await controller.shut_down()
 
     virtually(scenario())
