@@ -55,7 +55,9 @@ def model_of(config: DeployConfig, address: str | None) -> ModelSource:
 
 
 def is_rolled_out(status: SystemStatus) -> bool:
-    """Whether every worker is made as it is to be. Raises Unavailable when one cannot be."""
+    """Whether every worker is made as it is to be. Raises Unavailable when one cannot be, or a router is
+    missing for good, without which no worker is let go."""
+    _require_hope(status.routers)
     return have_their_size(status) and all(
         process.report is not None and process.report.generation == status.generation
         for process in status.workers

@@ -122,6 +122,23 @@ def test_whoever_dies_meanwhile_comes_back_with_the_new_configuration() -> None:
     virtually(scenario())
 
 
+def test_it_names_the_router_that_keeps_it_from_going_on() -> None:
+    async def scenario() -> None:
+        processes = FakeProcesses()
+        controller = controller_of(deployment(router__replicas=2), processes)
+        await follow_until(controller, SystemState.READY)
+        processes.fatal = {"router-1": "its port is taken"}
+        processes["router-1"].die()
+        await asyncio.sleep(300)
+        new = load_config(None, {"router.replicas": 2, "model.dtype": "float32"})
+        await controller.roll_out(new, MODEL, None)
+        with pytest.raises(Unavailable, match=r"router-1 cannot be started: .* its port is taken"):
+            await asyncio.wait_for(until_rolled_out(controller), 300)
+        await controller.shut_down()
+
+    virtually(scenario())
+
+
 @pytest.mark.parametrize(
     ("options", "key"),
     [
