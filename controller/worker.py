@@ -228,6 +228,8 @@ class Worker:
             if self._failure is not None:
                 self._over.set()
             await server.stop(0.0)
+            if self._failure is None:  # who waits for the end may kill the process then
+                await self._tracer.close()
         finally:
             self._over.set()
             for task in tasks:

@@ -50,6 +50,7 @@ class OtlpTracer:
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("pdserve", pdserve.__version__)
         self._clock = clock
+        self._is_closed = False
 
     def begin(
         self, name: str, kind: SpanKind, parent: TraceContext | None, attributes: Attributes | None = None
@@ -61,6 +62,9 @@ class OtlpTracer:
         return OtlpSpan(self._tracer, begun, self._clock, unix_time - now)
 
     async def close(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await asyncio.to_thread(self._provider.shutdown)

@@ -64,7 +64,7 @@ class Tracer(Protocol):
         ...
 
     async def close(self) -> None:
-        """Send what has ended and is not sent yet, as far as that can be done in a moment."""
+        """Send what has ended and is not sent yet, as far as that can be done in a moment. Idempotent."""
         ...
 
 

@@ -14,6 +14,7 @@ from controller.status import ProcessReport, ProcessSpec
 from controller.worker_actor import WorkerActor
 from pdserve.config import load_config
 from pdserve.contract.messages import Members, WorkerState
+from pdserve.contract.tracing import NO_SPAN, Span
 from pdserve.demo import demo_model_path
 from pdserve.engine.fake_engine import FakeEngine
 
@@ -55,13 +56,17 @@ def test_a_router_that_is_found_tells_the_membership_that_it_has_by_now() -> Non
     asyncio.run(scenario())
 
 
-def test_a_worker_that_is_found_while_it_leaves_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else its new controller would take its end for a death."""
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> WorkerActor:
     monkeypatch.setattr(WorkerActor, "_load_engine", lambda _: FakeEngine(64))
     nobody: Any = SimpleNamespace(tell=SimpleNamespace(remote=lambda *_: None))
+    return WorkerActor(plan("decode-0"), nobody)
+
+
+def test_a_worker_that_is_found_while_it_leaves_says_so(worker: WorkerActor) -> None:
+    """Else its new controller would take its end for a death."""
 
     async def scenario() -> None:
-        worker = WorkerActor(plan("decode-0"), nobody)
         first = await started(worker)
         await worker.drain(3600.0)
         again = await started(worker)
@@ -70,6 +75,37 @@ def test_a_worker_that_is_found_while_it_leaves_says_so(monkeypatch: pytest.Monk
         assert (first.member.state, again.member.state) == (WorkerState.READY, WorkerState.DRAINING)
         assert again.member.incarnation == first.member.incarnation
         assert await worker.ended() == "stopped"
+        await worker.stop()
+
+    asyncio.run(scenario())
+
+
+class ClosingTracer:
+    """Traces nothing, and remembers whether it was closed."""
+
+    def __init__(self) -> None:
+        self.is_closed = False
+
+    def begin(self, *_: object) -> Span:
+        return NO_SPAN
+
+    async def close(self) -> None:
+        await asyncio.sleep(0)
+        self.is_closed = True
+
+
+def test_a_worker_that_leaves_sends_its_spans_first(
+    worker: WorkerActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process is killed as soon as it says that it has ended."""
+    tracer = ClosingTracer()
+    monkeypatch.setattr("controller.worker_actor.tracer_of", lambda *_: tracer)
+
+    async def scenario() -> None:
+        await started(worker)
+        await worker.drain(3600.0)
+        assert await worker.ended() == "stopped"
+        assert tracer.is_closed
         await worker.stop()
 
     asyncio.run(scenario())
