@@ -33,6 +33,8 @@ from router.prefix_index import PrefixIndex
 
 VERDICT_S = 2.0
 """A worker has so much longer to find out itself that its engine hangs."""
+MAX_LEAVING = 4096
+"""So many processes that were stopped on purpose are remembered: a request may have been at several."""
 PAIR_TIMEOUT_S = 5.0
 """How long a pair whose hand-off failed is not used."""
 
@@ -150,7 +152,7 @@ class Fleet:
         self.changed = asyncio.Event()
         self._failed_pairs: dict[tuple[WorkerId, WorkerId], float] = {}  # (prefill, decode) -> until
         self._former_model: ModelInfo | None = None
-        self._leaving: dict[WorkerId, Incarnation] = {}  # who last said that it would be stopped
+        self._leaving: dict[Identity, None] = {}  # who has said that it would be stopped, oldest first
         self._pending = PendingOwners()
         self._kv_travel = KvTravel()
         self._booked_anew: dict[WorkerView, None] = {}  # whose bookings the pools do not know yet
@@ -225,7 +227,9 @@ class Fleet:
 
     def leaves(self, who: Identity) -> None:
         """A process has refused work or given it back because it will be stopped."""
-        self._leaving[who.worker_id] = who.incarnation
+        self._leaving[who] = None
+        if len(self._leaving) > MAX_LEAVING:
+            del self._leaving[next(iter(self._leaving))]
         view = self.workers.get(who.worker_id)
         if view is not None and view.identity == who:
             view.is_leaving = True
@@ -314,7 +318,7 @@ class Fleet:
         self._booked_anew[view] = None
 
     def fate(self, who: Identity) -> Fate:
-        if self._leaving.get(who.worker_id) == who.incarnation or self._node_is_lost(who.worker_id):
+        if who in self._leaving or self._node_is_lost(who.worker_id):
             return Fate.EXCUSED
         view = self.workers.get(who.worker_id)
         if view is None or view.identity != who:

@@ -161,6 +161,28 @@ def test_planned_stops_are_not_held_against_a_request() -> None:
     run_virtual(story())
 
 
+def test_nor_are_those_of_workers_whose_successors_leave_too() -> None:
+    """As in one rollout after another."""
+
+    async def story() -> None:
+        async with MemorySystem(num_prefill=2, num_decode=1, num_blocks=200) as system:
+            prompt = prompt_of(400)
+            task = asyncio.create_task(system.generate(prompt, greedy(5)))
+            for _ in range(6):
+                await system.clock.sleep(0.02)
+                (attempt,) = [report.attempts[-1] for report in system.router.reports.running()]
+                assert attempt.prefill_worker is not None
+                await system.drain(attempt.prefill_worker, deadline_s=0.0)
+                await system.start_worker(attempt.prefill_worker, Role.PREFILL)
+                system.push_members()
+                await system.until_ready()
+            assert await task == system.expected(prompt, greedy(5))
+            assert system.router_metric("router_suspects_total") == 0
+            await system.at_rest()
+
+    run_virtual(story())
+
+
 def test_a_worker_that_is_idle_leaves_at_once() -> None:
     async def story() -> None:
         async with MemorySystem(num_prefill=2, num_decode=2) as system:
