@@ -100,10 +100,11 @@ class Controller:
         return tuple(await asyncio.gather(*[self._inspect(slot) for slot in self._slots]))
 
     async def scale(self, sizes: Mapping[str, int], deadline_s: float | None) -> SystemStatus:
-        """Let pools have other numbers of workers, by the configuration's names. Who is too many leaves in
-        `deadline_s` (None: as configured). Returns before all that is done. Raises ConfigError."""
+        """Let pools have other numbers of workers, by the configuration's names. Who is too many there leaves
+        in `deadline_s` (None: as configured). Returns before all that is done. Raises ConfigError."""
         async with self._wanting:
-            await self._want(self._deployment.resized(sizes), deadline_s)
+            wanted = self._deployment.resized(sizes)
+            await self._want(wanted, dict.fromkeys(wanted.pools_of(sizes), self._deadline_s(deadline_s)))
         return self._status()
 
     async def drain(self, worker_id: str, deadline_s: float | None) -> int:
@@ -122,19 +123,20 @@ class Controller:
     async def roll_out(
         self, config: DeployConfig, model: ModelSource, deadline_s: float | None
     ) -> SystemStatus:
-        """Replace the workers, one after the other, by such as `config` makes them. Returns before that is
-        done. Raises ConfigError."""
+        """Replace the workers, one after the other, by such as `config` makes them. Each leaves in
+        `deadline_s` (None: as configured). Returns before that is done. Raises ConfigError."""
         async with self._wanting:
-            await self._want(rolled_out(self._deployment, config, model), deadline_s)
+            wanted = rolled_out(self._deployment, config, model)
+            await self._want(replace(wanted, rollout_deadline_s=deadline_s), {})
         return self._status()
 
     def _deadline_s(self, wanted_s: float | None) -> float:
         return self._deployment.config.pools.drain_deadline_s if wanted_s is None else wanted_s
 
-    async def _want(self, deployment: Deployment, deadline_s: float | None) -> None:
+    async def _want(self, deployment: Deployment, deadlines_s: Mapping[str, float]) -> None:
         if deployment != self._deployment:
             await self._store.keep(deployment)
-        self._slots.want(deployment, self._deadline_s(deadline_s))
+        self._slots.want(deployment, deadlines_s)
         self._on_change()
 
     async def arm(self, fault: FaultConfig) -> tuple[str, ...]:
@@ -191,7 +193,8 @@ class Controller:
         """Let the next worker of an earlier generation leave, when all others serve and the routers know."""
         outdated = [slot for slot in self._slots.workers if self._is_outdated(slot)]
         if outdated and self._is_ready():
-            self._slots.drain(min(outdated, key=lambda slot: (slot.spec.index, slot.spec.pool)))
+            first = min(outdated, key=lambda slot: (slot.spec.index, slot.spec.pool))
+            self._slots.drain(first, self._deadline_s(self._deployment.rollout_deadline_s))
 
     def _is_outdated(self, slot: Slot) -> bool:
         return slot.last_report is not None and slot.last_report.generation < self._deployment.generation

@@ -43,6 +43,7 @@ def written(deployment: Deployment) -> bytes:
         "config": deployment.config.model_dump(mode="json"),
         "model": asdict(deployment.model),
         "generation": deployment.generation,
+        "rollout_deadline_s": deployment.rollout_deadline_s,
     }
     return json.dumps(fields).encode()
 
@@ -55,4 +56,5 @@ def restored(first: Deployment, content: bytes) -> Deployment:
         config=DeployConfig.model_validate(fields["config"]),
         model=ModelSource(**fields["model"]),
         generation=fields["generation"],
+        rollout_deadline_s=fields["rollout_deadline_s"],
     )

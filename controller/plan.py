@@ -44,6 +44,8 @@ class Deployment:
     """As above; tells this start of a system from another one of the same name."""
     generation: int = 0
     """Counts rollouts. A worker of an earlier generation is to be replaced."""
+    rollout_deadline_s: float | None = None
+    """Within which such a worker is to leave; None: as configured."""
 
     @property
     def is_local(self) -> bool:
@@ -88,6 +90,11 @@ class Deployment:
             pool = getattr(pools, name).model_copy(update={"replicas": size})
             pools = pools.model_copy(update={name: pool})
         return replace(self, config=self.config.model_copy(update={"pools": pools}))
+
+    def pools_of(self, sizes: Mapping[str, int]) -> list[str]:
+        """The pools of workers that `sizes` has by the configuration's names."""
+        names = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.UNSPLIT: "decode"}
+        return [role.value for role in self._roles() if names[role] in sizes]
 
     def pool(self, name: str) -> PoolConfig:
         """Of a worker's role."""

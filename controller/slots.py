@@ -2,7 +2,7 @@
 in good order. Knows no Ray."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from typing import Any
 
 from controller.plan import Deployment
@@ -20,7 +20,7 @@ class Slots:
     ) -> None:
         """`changed` is called after every change of a slot."""
         self.deployment = deployment
-        self.drain_deadline_s = deployment.config.pools.drain_deadline_s
+        self._deadlines_s: dict[str, float] = {}  # pool -> within which who is too many there is to leave
         self._processes = processes
         self._clock = clock
         self._changed = changed
@@ -54,17 +54,18 @@ class Slots:
     def pools(self) -> tuple[PoolStatus, ...]:
         return tuple(self._pool(name) for name in self.deployment.pool_names)
 
-    def want(self, deployment: Deployment, drain_deadline_s: float) -> None:
-        """Whoever is missing is started, whoever is too many is to leave within that time, and what was given
-        up is tried again."""
-        self.deployment, self.drain_deadline_s = deployment, drain_deadline_s
+    def want(self, deployment: Deployment, deadlines_s: Mapping[str, float]) -> None:
+        """Whoever is missing is started, whoever is too many is to leave, and what was given up is tried
+        again. In the pools of `deadlines_s` they leave within that time, also who is leaving already."""
+        self.deployment = deployment
+        self._deadlines_s.update(deadlines_s)
         for spec in deployment.specs():
             if spec.id not in self._slots:
                 self._add(spec, None)
         self._note_who_is_wanted()
         for slot in self:
-            if slot.state is ProcessState.DRAINING and not slot.is_wanted:
-                self.drain(slot)
+            if slot.state is ProcessState.DRAINING and not slot.is_wanted and slot.spec.pool in deadlines_s:
+                self.drain(slot, deadlines_s[slot.spec.pool])
             elif slot.state is ProcessState.FAILED and slot.is_wanted:
                 slot.forgive()
                 self._keep(slot, None)
@@ -73,16 +74,17 @@ class Slots:
         """Empty the slots that are not wanted, each as soon as that can be. Called after every change."""
         for slot in [slot for slot in self if not slot.is_wanted]:
             if slot.state is ProcessState.READY:
-                self.drain(slot)
+                configured_s = self.deployment.config.pools.drain_deadline_s
+                self.drain(slot, self._deadlines_s.get(slot.spec.pool, configured_s))
             elif slot.state is ProcessState.STOPPED:
                 self._remove(slot)
             elif slot.state is not ProcessState.DRAINING and slot.is_settled:
                 keeper = self._remove(slot)
                 self.run_errand(_abandon(slot, keeper))
 
-    def drain(self, slot: Slot, deadline_s: float | None = None) -> None:
-        """Begin to let the process of `slot` leave, by default within the deadline of the last `want`."""
-        self.run_errand(slot.drain(self.drain_deadline_s if deadline_s is None else deadline_s))
+    def drain(self, slot: Slot, deadline_s: float) -> None:
+        """Begin to let the process of `slot` leave."""
+        self.run_errand(slot.drain(deadline_s))
 
     def run_errand(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Something that may take a while, and ends at the latest with `close`."""

@@ -1,5 +1,7 @@
 """What a restarted controller finds of what was wanted last."""
 
+from dataclasses import replace
+
 from controller.kept_deployment import restored, written
 from controller.plan import Deployment, ModelSource
 from controller.rollout import rolled_out
@@ -20,7 +22,7 @@ def test_everything_that_may_have_changed_is_found_again() -> None:
     newer = rolled_out(
         later, load_config(None, OPTIONS | {"engine.kv_memory": 0.5}), ModelSource("m", "v2", "m")
     )
-    for deployment in (first, later, newer):
+    for deployment in (first, later, newer, replace(newer, rollout_deadline_s=600.0)):
         assert restored(first, written(deployment)) == deployment
 
 

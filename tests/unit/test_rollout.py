@@ -106,6 +106,28 @@ def test_a_restarted_controller_finishes_it() -> None:
     virtually(scenario())
 
 
+def test_its_deadline_outlives_other_commands_and_its_controller() -> None:
+    """Answers of the former model that it cuts short cannot go on anywhere."""
+
+    async def scenario() -> None:
+        earlier, store = FakeProcesses(), FakeStore()
+        first = controller_of(four_workers(), earlier, store=store)
+        await follow_until(first, SystemState.READY)
+        await first.roll_out(NEW, MODEL, 600.0)
+        await asyncio.sleep(1)
+        await first.scale({"prefill": 2}, 7.0)
+        await asyncio.sleep(1.5 * START_S)
+        vanish(first)
+        assert store.kept is not None
+        processes = FakeProcesses(left_behind=earlier)
+        second = controller_of(store.kept, processes, store=store)
+        await until_rolled_out(second)
+        assert {deadline_s for process in earlier.made for deadline_s in process.deadlines} == {600.0}
+        await second.shut_down()
+
+    virtually(scenario())
+
+
 def test_whoever_dies_meanwhile_comes_back_with_the_new_configuration() -> None:
     async def scenario() -> None:
         processes = FakeProcesses()

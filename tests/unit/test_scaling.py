@@ -106,6 +106,26 @@ def test_a_repeated_command_changes_nothing_but_may_hurry() -> None:
     virtually(scenario())
 
 
+def test_a_deadline_is_that_of_the_command_that_let_a_worker_leave() -> None:
+    """Another pool's command does not hurry it."""
+
+    async def scenario() -> None:
+        processes = FakeProcesses()
+        processes.busy_s = 1000.0
+        clock = VirtualClock()
+        controller = controller_of(deployment(**SPLIT), processes, clock)
+        await follow_until(controller, SystemState.READY)
+        began_at = clock.now()
+        await controller.scale({"decode": 1}, 600.0)
+        await asyncio.sleep(1)
+        await controller.scale({"prefill": 1}, 5.0)
+        await ready(controller, "prefill-0", "decode-0")
+        assert clock.now() - began_at == pytest.approx(600.0)
+        await controller.shut_down()
+
+    virtually(scenario())
+
+
 def test_who_is_wanted_again_while_leaving_is_replaced() -> None:
     async def scenario() -> None:
         processes = FakeProcesses()
