@@ -9,6 +9,7 @@ pending -> starting -> ready -> lost -> pending ...
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,6 +31,10 @@ MAX_FIRST_DEATHS = 2
 """The same where no process of the slot has ever served: the start of a system fails soon, with the cause."""
 FIRST_DELAY_S = 1.0
 """Before the second replacement; doubles with each further one. The first comes at once."""
+
+
+LEAVE_GRACE_S = 60.0
+"""A process that is there so long after the deadline by which it was to leave is killed: it is frozen."""
 
 
 class ProcessEnded(Exception):
@@ -164,6 +169,8 @@ class Slot:
         self._changed = changed
         self._deaths = DeathRecord()
         self._ready_at: float | None = None
+        self._kill_at = math.inf
+        self._killing: asyncio.Task[None] | None = None  # at that time, unless the process has left
 
     @property
     def status(self) -> ProcessStatus:
@@ -206,12 +213,14 @@ class Slot:
         self._set(ProcessState.PENDING)
 
     async def drain(self, deadline_s: float) -> None:
-        """Let the process leave in good order. Returns when it has heard of it."""
+        """Let the process leave in good order, and kill it if it is still there long after that. Returns when
+        it has heard of it."""
         process = self.process
         if process is None or self.state not in (ProcessState.READY, ProcessState.DRAINING):
             return
         if self.state is ProcessState.READY:
             self._set(ProcessState.DRAINING)
+        self._kill_in(deadline_s + LEAVE_GRACE_S, process)
         with contextlib.suppress(ProcessEnded):  # `run` hears of it too
             await process.drain(deadline_s)
 
@@ -261,6 +270,26 @@ class Slot:
             self.process = self.last_report = None
             self.is_settled = True
             raise
+        finally:
+            self._kill_no_more()
+
+    def _kill_in(self, seconds: float, process: Process) -> None:
+        """Of several times the earliest counts."""
+        kill_at = self._clock.now() + seconds
+        if kill_at < self._kill_at:
+            self._kill_no_more()
+            self._kill_at = kill_at
+            self._killing = asyncio.create_task(self._kill(seconds, process))
+
+    async def _kill(self, seconds: float, process: Process) -> None:
+        await self._clock.sleep(seconds)
+        log.warning("%s has not left within %g s; killing it", self.spec.id, seconds)
+        process.kill()
+
+    def _kill_no_more(self) -> None:
+        if self._killing is not None:
+            self._killing.cancel()
+        self._kill_at, self._killing = math.inf, None
 
     async def _place(self, process: Process) -> None:
         placing = asyncio.create_task(process.placed())

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from controller.controller import Controller
+from controller.pools import LEAVE_GRACE_S
 from controller.status import PoolStatus, ProcessState, SystemState, SystemStatus
 from pdserve.clock import VirtualClock
 from pdserve.contract.errors import ConfigError, NotFound, Unavailable
@@ -361,6 +362,33 @@ def test_a_worker_that_dies_while_it_is_to_leave_is_gone() -> None:
         processes["decode-1"].die("killed")
         await ready(controller, "prefill-0", "prefill-1", "decode-0")
         await controller.shut_down()
+
+    virtually(scenario())
+
+
+def test_a_frozen_worker_is_killed_long_after_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        processes = FakeProcesses()
+        clock = VirtualClock()
+        controller = controller_of(deployment(**SPLIT), processes, clock)
+        await follow_until(controller, SystemState.READY)
+        frozen = processes["decode-1"]
+
+        async def hear_nothing(_: float) -> None:
+            await frozen.ended()
+
+        monkeypatch.setattr(frozen, "drain", hear_nothing)
+        monkeypatch.setattr(frozen, "kill", lambda: frozen.is_over or frozen.die("killed"))
+        began_at = clock.now()
+        await controller.drain("decode-1", 40.0)
+        await controller.drain("decode-1", 10.0)
+        await controller.drain("decode-1", 90.0)
+        await asyncio.sleep(1)
+        status = await ready(controller, "prefill-0", "prefill-1", "decode-0", "decode-1")
+        assert clock.now() - began_at == pytest.approx(10.0 + LEAVE_GRACE_S + START_S)
+        assert [p.num_restarts for p in status.processes] == [0] * 5
+        await controller.shut_down()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
 
     virtually(scenario())
 
