@@ -194,7 +194,8 @@ class Controller:
         outdated = [slot for slot in self._slots.workers if self._is_outdated(slot)]
         if outdated and self._is_ready():
             first = min(outdated, key=lambda slot: (slot.spec.index, slot.spec.pool))
-            self._slots.drain(first, self._deadline_s(self._deployment.rollout_deadline_s))
+            if not first.is_to_leave:
+                self._slots.drain(first, self._deadline_s(self._deployment.rollout_deadline_s))
 
     def _is_outdated(self, slot: Slot) -> bool:
         return slot.last_report is not None and slot.last_report.generation < self._deployment.generation

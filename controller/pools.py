@@ -155,6 +155,8 @@ class Slot:
         self.spec = spec
         self.is_wanted = True
         """Whoever leaves is replaced."""
+        self.is_to_leave = False
+        """The process is about to hear that it has to leave, or has heard."""
         self.state = ProcessState.PENDING
         self.process: Process | None = None
         self.last_report: ProcessReport | None = None
@@ -254,7 +256,7 @@ class Slot:
 
     async def _live(self, process: Process) -> None:
         """One process from its creation to its end."""
-        self.process = process
+        self.process, self.is_to_leave = process, False
         self._set(ProcessState.PENDING)
         try:
             await self._place(process)

@@ -64,7 +64,8 @@ class Slots:
                 self._add(spec, None)
         self._note_who_is_wanted()
         for slot in self:
-            if slot.state is ProcessState.DRAINING and not slot.is_wanted and slot.spec.pool in deadlines_s:
+            leaves = slot.is_to_leave or slot.state is ProcessState.DRAINING
+            if leaves and not slot.is_wanted and slot.spec.pool in deadlines_s:
                 self.drain(slot, deadlines_s[slot.spec.pool])
             elif slot.state is ProcessState.FAILED and slot.is_wanted:
                 slot.forgive()
@@ -73,17 +74,18 @@ class Slots:
     def advance(self) -> None:
         """Empty the slots that are not wanted, each as soon as that can be. Called after every change."""
         for slot in [slot for slot in self if not slot.is_wanted]:
-            if slot.state is ProcessState.READY:
+            if slot.state is ProcessState.READY and not slot.is_to_leave:
                 configured_s = self.deployment.config.pools.drain_deadline_s
                 self.drain(slot, self._deadlines_s.get(slot.spec.pool, configured_s))
             elif slot.state is ProcessState.STOPPED:
                 self._remove(slot)
-            elif slot.state is not ProcessState.DRAINING and slot.is_settled:
+            elif slot.state not in (ProcessState.READY, ProcessState.DRAINING) and slot.is_settled:
                 keeper = self._remove(slot)
                 self.run_errand(_abandon(slot, keeper))
 
     def drain(self, slot: Slot, deadline_s: float) -> None:
         """Begin to let the process of `slot` leave."""
+        slot.is_to_leave = True
         self.run_errand(slot.drain(deadline_s))
 
     def run_errand(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -86,6 +86,21 @@ def test_the_newest_are_drained_and_go_when_they_have_nothing_left() -> None:
     virtually(scenario())
 
 
+def test_each_of_many_is_told_once() -> None:
+    async def scenario() -> None:
+        processes = FakeProcesses()
+        processes.busy_s = 5.0
+        controller = controller_of(deployment(pools__decode__replicas=30), processes)
+        await follow_until(controller, SystemState.READY)
+        await controller.scale({"decode": 1}, 9.0)
+        await ready(controller, "prefill-0", "decode-0")
+        told = [process.deadlines for process in processes.made if process.spec.index]
+        assert told == [[9.0]] * 29
+        await controller.shut_down()
+
+    virtually(scenario())
+
+
 def test_a_repeated_command_changes_nothing_but_may_hurry() -> None:
     async def scenario() -> None:
         processes = FakeProcesses()
