@@ -244,10 +244,12 @@ class Slot:
 
     async def stop(self) -> None:
         """End the process. `run` has to be cancelled before."""
-        if self.process is not None:
-            await self.process.stop()
-            self.process.kill()
-        self.process = None
+        process, self.process = self.process, None
+        if process is not None:
+            try:
+                await process.stop()
+            finally:
+                process.kill()
         self._set(ProcessState.STOPPED)
 
     async def _create(self) -> Process:

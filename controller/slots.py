@@ -135,5 +135,7 @@ class Slots:
 
 async def _abandon(slot: Slot, keeper: asyncio.Task[None]) -> None:
     """End what serves nobody yet, or any more."""
-    await cancel_and_wait(keeper)
-    await slot.stop()
+    try:
+        await cancel_and_wait(keeper)
+    finally:
+        await slot.stop()

@@ -408,6 +408,22 @@ def test_a_frozen_worker_is_killed_long_after_its_deadline(monkeypatch: pytest.M
     virtually(scenario())
 
 
+def test_the_end_leaves_nobody_who_was_just_being_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        processes = FakeProcesses()
+        controller = controller_of(deployment(), processes)
+        await follow_until(controller, SystemState.READY)
+        await controller.scale({"decode": 2}, None)
+        await asyncio.sleep(START_S / 2)
+        monkeypatch.setattr(processes["decode-1"], "stop", lambda: asyncio.sleep(5))
+        await controller.scale({"decode": 1}, None)
+        await asyncio.sleep(1)
+        await controller.shut_down()
+        assert all(process.is_killed for process in processes.made)
+
+    virtually(scenario())
+
+
 def test_the_end_does_not_wait_for_who_is_leaving() -> None:
     async def scenario() -> None:
         processes = FakeProcesses()
