@@ -224,8 +224,9 @@ class Worker:
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             self._failure = next(task for task in tasks if task.done()).exception()
-            self.state = WorkerState.STOPPED
-            if self._failure is not None:
+            if self._failure is None:
+                self.state = WorkerState.STOPPED
+            else:  # a death, which nobody is to excuse
                 self._over.set()
             await server.stop(0.0)
             if self._failure is None:  # who waits for the end may kill the process then

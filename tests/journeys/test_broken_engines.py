@@ -6,10 +6,12 @@ import pytest
 
 from controller.worker import Worker
 from pdserve.contract.errors import EngineBroken
+from pdserve.contract.ids import WorkerId
 from pdserve.contract.ports import EngineExecutor, LayersDone
 from pdserve.contract.work import StepBatch, StepResult
 from pdserve.engine.executor import InlineExecutor
 from pdserve.engine.fake_engine import FakeEngine
+from router.fleet import Fate
 from tests.journeys.test_faults_in_memory import prompt_of, run_virtual, to_its_end
 from tests.memory_system import MemorySystem, greedy
 
@@ -54,6 +56,30 @@ async def reason_of_end(worker: Worker) -> str:
     with pytest.raises(EngineBroken) as caught:
         await worker.ended()
     return caught.value.info.message
+
+
+def test_a_worker_that_has_failed_does_not_say_that_it_was_stopped() -> None:
+    """Its end would be excused, and a request that kills workers would go on to the next."""
+
+    async def story() -> None:
+        async with HangingSystem() as system:
+            task = asyncio.create_task(system.generate(prompt_of(30), greedy(20)))
+            await system.clock.sleep(0.012)
+            busy = [name for name, worker in system.workers.items() if worker.ledger.owners()]
+            (broken,) = [name for name in busy if name.startswith("decode")]
+            who = system.router.fleet.workers[WorkerId(broken)].identity
+            executor = system.hang(broken)
+            await reason_of_end(system.workers[broken])
+            system.push_members()  # the last that it says of itself
+            await system.clock.sleep(1)
+            assert system.router.fleet.fate(who) is Fate.UNKNOWN
+            await system.bury_broken(broken, executor)
+            system.push_members()
+            assert system.router.fleet.fate(who) is Fate.DEAD
+            assert await task == system.expected(prompt_of(30), greedy(20))
+            await system.at_rest()
+
+    run_virtual(story())
 
 
 @pytest.mark.parametrize("broken", ["prefill-0", "decode-0"])
