@@ -48,6 +48,8 @@ class GrpcStream(BufferedStream[Packed]):
         super().__init__(peer, call, sends, inbox=Window(capacity), outbox=Window(capacity))
         self._encoder = codec_for(call, sends)
         self._decoder = codec_for(call, receives)
+        self._num_unwritten = 0  # messages that were sent here and are not with gRPC
+        self._all_written = asyncio.Event()
 
     async def _put(self, message: Message) -> None:
         parts = self._encoder.encode(message)
@@ -55,6 +57,8 @@ class GrpcStream(BufferedStream[Packed]):
         if num_bytes > MAX_MESSAGE_BYTES:
             raise ValueError(f"a {type(message).__name__} of {num_bytes} bytes exceeds {MAX_MESSAGE_BYTES}")
         await self._outbox.put(Packed(parts, isinstance(message, End)))
+        self._num_unwritten += 1
+        self._all_written.clear()
 
     async def _fill_inbox(self, read: Callable[[], Awaitable[Any]]) -> None:
         """Until the other side has closed its direction. Raises ProtocolViolation for what must not come."""
@@ -72,6 +76,9 @@ class GrpcStream(BufferedStream[Packed]):
             parts, is_end = await self._outbox.get()
             for part in parts:
                 await write(part)
+            self._num_unwritten -= 1
+            if not self._num_unwritten:
+                self._all_written.set()
 
 
 class ClientStream(GrpcStream):
@@ -179,12 +186,26 @@ class ServerStream(GrpcStream):
                 await serve_stream(handler, self, self._on_refusal)
                 if not self.broken:
                     await asyncio.wait([writing])
+            except asyncio.CancelledError:
+                await self._write_the_rest(writing)
+                raise
             finally:
                 reading.cancel()
                 writing.cancel()
 
     def _on_cancel(self) -> None:
         """`serve` aborts the call when the handler has ended."""
+
+    async def _write_the_rest(self, writing: "asyncio.Task[None]") -> None:
+        """The server stops: what the handler has said already is still to come to the peer that reads."""
+        if self._num_unwritten:
+            written = asyncio.ensure_future(self._all_written.wait())
+            try:
+                await asyncio.wait(
+                    (written, writing), timeout=FAREWELL_S, return_when=asyncio.FIRST_COMPLETED
+                )
+            finally:
+                written.cancel()
 
     async def _read(self) -> None:
         reason = "the client left without an End message"

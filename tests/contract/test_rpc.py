@@ -338,6 +338,27 @@ async def test_a_server_that_stops_breaks_its_streams(pair: Pair) -> None:
         await stream.receive()
 
 
+async def test_what_was_said_before_a_server_stops_arrives(pair: Pair) -> None:
+    """Also all that one turn of the event loop has said."""
+    said = asyncio.Event()
+
+    async def serve(stream: MessageStream) -> None:
+        await stream.receive()
+        for _ in range(10):
+            await stream.send(READY)
+        said.set()
+        await stream.receive()
+
+    server = await pair.serve(serve)
+    stream = await pair.client.open(server.address, Call.SESSION)
+    await stream.send(OPEN)
+    await said.wait()
+    await server.stop(0)
+    assert [await stream.receive() for _ in range(10)] == [READY] * 10
+    with pytest.raises(StreamBroken):
+        await stream.receive()
+
+
 async def test_a_stopping_server_lets_streams_end_within_its_grace(pair: Pair) -> None:
     server = await pair.serve(echo)
     stream = await pair.client.open(server.address, Call.SESSION)
