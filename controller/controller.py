@@ -48,7 +48,8 @@ class Controller:
         """`deployment` is what was wanted last; `tell` hears of every change."""
         self._tell = tell
         self._store = store
-        self._version = 0
+        # Milliseconds: whoever has followed an earlier controller has seen less, and hears of this one.
+        self._version = int(clock.unix_time() * 1000)
         self._was_ready = False
         self._is_stopped = False
         self._has_head = True

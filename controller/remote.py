@@ -67,7 +67,7 @@ class RemoteController:
             raise Unavailable(f"Ray at {cluster.address} does not answer: {error}") from error
 
     async def follow(self, seen: int) -> SystemStatus:
-        """The status as soon as its version is above `seen`; a restarted controller counts from 0 again."""
+        """The status as soon as its version is above `seen`: at once after the controller was restarted."""
         status = await self._ask("follow", seen)
         assert isinstance(status, SystemStatus)
         return status

@@ -319,6 +319,21 @@ def test_a_restarted_controller_goes_on_with_what_was_wanted_last() -> None:
     virtually(scenario())
 
 
+def test_who_follows_an_earlier_controller_hears_of_the_next() -> None:
+    async def scenario() -> None:
+        earlier = FakeProcesses()
+        first = controller_of(deployment(**SPLIT), earlier)
+        seen = (await follow_until(first, SystemState.READY)).version
+        vanish(first)
+        second = controller_of(deployment(**SPLIT), FakeProcesses(left_behind=earlier))
+        for _ in range(3):
+            status = await asyncio.wait_for(second.follow(seen), 2 * START_S)
+            assert status.version > seen
+        await second.shut_down()
+
+    virtually(scenario())
+
+
 def test_a_restarted_controller_drains_who_is_too_many_and_does_not_know() -> None:
     async def scenario() -> None:
         earlier, store = FakeProcesses(), FakeStore()
