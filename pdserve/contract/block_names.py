@@ -7,8 +7,11 @@ collision costs a cache miss and never a wrong answer.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from struct import iter_unpack
+from typing import cast
 
 import xxhash
 
@@ -38,17 +41,14 @@ class ChainRoot:
 def name_blocks(tokens: TokenBytes, block_size: int, parent: int) -> list[BlockHash]:
     """Names of the full blocks of `tokens`; `parent` is the name before them or `ChainRoot.seed`.
 
-    Tokens after the last full block are left out. 35 us for 8K tokens in blocks of 16.
+    Tokens after the last full block are left out. For every block one call of C from Python; that is what it
+    costs, so nothing else is done there.
     """
     stride = block_size * BYTES_PER_TOKEN
-    view = memoryview(tokens)
-    names: list[BlockHash] = []
+    full = memoryview(tokens)[: len(tokens) // stride * stride]
     name = parent
-    digest = xxhash.xxh3_64_intdigest
-    for end in range(stride, len(tokens) + 1, stride):
-        name = digest(view[end - stride : end], name)
-        names.append(BlockHash(name))
-    return names
+    digest = cast("Callable[[bytes, int], BlockHash]", xxhash.xxh3_64_intdigest)
+    return [name := digest(block, name) for (block,) in iter_unpack(f"{stride}s", full)]
 
 
 def max_shared_blocks(num_tokens: int, block_size: int) -> int:
