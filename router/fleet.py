@@ -181,6 +181,7 @@ class Fleet:
         view.hello = hello
         view.indexed = True
         self.index.add_worker(hello.incarnation)
+        self._move_pending(view, self.index.bit_of(hello.incarnation))
         self._kv_travel.set_size(hello.model.block_bytes / hello.model.block_size)
         self._refresh(view)
 
@@ -355,6 +356,12 @@ class Fleet:
         """A worker has reported: the index knows now what it holds."""
         for attempt in [attempt for attempt, pending in view.pending.items() if pending.is_computed]:
             self._forget_pending(view, attempt)
+
+    def _move_pending(self, view: WorkerView, bit: int) -> None:
+        """The index counts the worker anew, under another bit; its former one will be another worker's."""
+        for attempt, pending in view.pending.items():
+            self._pending.move(pending.names, pending.bit, bit)
+            view.pending[attempt] = pending._replace(bit=bit)
 
     def _forget_pending(self, view: WorkerView, attempt: object) -> None:
         pending = view.pending.pop(attempt)

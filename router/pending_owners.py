@@ -17,30 +17,35 @@ class PendingOwners:
 
     def __init__(self) -> None:
         self._owners: dict[BlockHash, int] = {}
+        self._others: dict[tuple[BlockHash, int], int] = {}  # (name, bit) -> how often more than once
 
     def __len__(self) -> int:
         return len(self._owners)
 
     def add(self, names: Sequence[BlockHash], bit: int) -> tuple[BlockHash, ...]:
         """The worker of `bit` will hold a prompt with these block names; returns what `remove` takes."""
-        owners = self._owners
-        added = []
-        for depth in _depths(len(names)):
-            name = names[depth - 1]
-            known = owners.get(name, 0)
-            if not known & bit:
-                owners[name] = known | bit
-                added.append(name)
-        return tuple(added)
+        noted = tuple([names[depth - 1] for depth in _depths(len(names))])
+        self._note(noted, bit)
+        return noted
 
-    def remove(self, added: Sequence[BlockHash], bit: int) -> None:
+    def remove(self, noted: Sequence[BlockHash], bit: int) -> None:
         """The worker holds them, and has said so, or never will."""
-        for name in added:
+        for name in noted:
+            others = self._others.pop((name, bit), 0) if self._others else 0
+            if others:  # further prompts with this block are on their way there
+                if others > 1:
+                    self._others[name, bit] = others - 1
+                continue
             left = self._owners[name] & ~bit
             if left:
                 self._owners[name] = left
             else:
                 del self._owners[name]
+
+    def move(self, noted: Sequence[BlockHash], bit: int, new_bit: int) -> None:
+        """The worker of `bit` has another one from now on."""
+        self.remove(noted, bit)
+        self._note(noted, new_bit)
 
     def holders(self, names: Sequence[BlockHash]) -> list[tuple[int, int]]:
         """Who will hold how many leading blocks of a prompt: (blocks, bits), the deepest first."""
@@ -61,6 +66,15 @@ class PendingOwners:
                 found.append((reached, holders))
         found.reverse()
         return found
+
+    def _note(self, noted: Sequence[BlockHash], bit: int) -> None:
+        owners = self._owners
+        for name in noted:
+            known = owners.get(name, 0)
+            if known & bit:
+                self._others[name, bit] = self._others.get((name, bit), 0) + 1
+            else:
+                owners[name] = known | bit
 
 
 def _depths(num_blocks: int) -> Sequence[int]:

@@ -177,6 +177,41 @@ def test_a_prompt_on_its_way_counts_as_held_until_the_worker_reports_that_it_is(
     assert not view.pending
 
 
+def test_a_sibling_on_its_way_is_still_followed_when_the_first_one_is_cancelled() -> None:
+    fleet = Fleet()
+    fleet.set_members(Members(1, (member("p0", role=Role.PREFILL),)))
+    view = connect(fleet, "p0")
+    names = [BlockHash(1), BlockHash(2)]
+    attempts = ("a", "b", "c")
+    for attempt in attempts:
+        fleet.book(WorkerId("p0"), attempt, Booked(8, 0), names)
+    held = []
+    for attempt in attempts:
+        held.append(fleet.view(names, 4, now=2.0).held.depths)
+        fleet.release(view, attempt)
+    assert held == [[(8, 1)]] * 3
+    assert fleet.view(names, 4, now=2.0).held.depths == []
+
+
+def test_prompts_on_their_way_to_a_worker_that_is_counted_anew_are_not_taken_for_anothers() -> None:
+    fleet = Fleet()
+    fleet.set_members(Members(1, (member("p0", 1, Role.PREFILL), member("p1", 2, Role.PREFILL))))
+    view = connect(fleet, "p0", 1)
+    names = [BlockHash(1), BlockHash(2)]
+    fleet.book(WorkerId("p0"), "a", Booked(8, 0), names)
+    fleet.hello(view, hello_of(view, 1, INFO))  # its Watch stream starts anew, and it gets another bit
+    for now in range(256):  # its former bit is swept and given away
+        fleet.report(view, report(1), now=2.0 + now)
+    connect(fleet, "p1", 2)
+    seen = fleet.view(names, 4, now=300.0)
+    held = {each.worker_id: seen.held.tokens(each) for each in seen.prefill}
+    assert held == {"p0": 8, "p1": 0}
+    fleet.prefill_is_done(view, "a")
+    fleet.release(view, "a")
+    fleet.report(view, report(1), now=301.0)
+    assert fleet.view(names, 4, now=302.0).held.depths == []
+
+
 def test_the_largest_pool_that_decodes_bounds_requests_and_small_pools_get_no_long_ones() -> None:
     fleet = Fleet()
     assert fleet.model_info() is None
