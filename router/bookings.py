@@ -1,8 +1,10 @@
 """What a router has sent to one worker and is not done yet, and how that adds to its own reports. Pure.
 
-A worker's report covers what came up to its `last_submit`. What was sent since is added to it; what was sent
-before may be missing in it all the same, because a decode worker does not report prompts that are still
-computed elsewhere. So the larger of report and books counts, plus what was sent since.
+A worker's report covers what came up to its `last_submit`. What was sent since is added to it. Requests and
+their context that were sent before may be missing in it all the same, because a decode worker does not report
+prompts that are still computed elsewhere; so the larger of report and books counts of these. Prompt tokens
+that are still to be computed are in the report, and fewer with every step; so it alone counts, but for the
+newest prompts of a prefill worker: they come there by way of decode workers and may have missed one report.
 """
 
 from collections.abc import Iterator
@@ -52,6 +54,10 @@ class Bookings:
         self._last_submit = 0
         self._total = Sum()
         self._unreported = Sum()  # sent after the last report
+        # Attempt -> prompt tokens, of those without a number that were sent after the last report, and of
+        # those that were sent between the last two.
+        self._newest: dict[object, int] = {}
+        self._newer: dict[object, int] = {}
 
     def __len__(self) -> int:
         return len(self._booked)
@@ -62,7 +68,9 @@ class Bookings:
     def add(self, attempt: object, booked: Booked) -> None:
         self._booked[attempt] = booked
         self._total = self._total.plus(booked)
-        if self._is_unreported(booked):
+        if booked.number is None:
+            self._newest[attempt] = booked.prefill_tokens
+        elif self._is_unreported(booked):
             self._unreported = self._unreported.plus(booked)
 
     def prefill_is_done(self, attempt: object) -> None:
@@ -77,12 +85,15 @@ class Bookings:
         booked = self._booked.pop(attempt, None)
         if booked is not None:
             self._total = self._total.minus(booked)
+            self._newest.pop(attempt, None)
+            self._newer.pop(attempt, None)
             if self._is_unreported(booked):
                 self._unreported = self._unreported.minus(booked)
 
     def reported(self, last_submit: SubmitNumber) -> None:
         """A report has come that covers all Submits up to this one."""
         self._last_submit = last_submit
+        self._newest, self._newer = {}, self._newest
         self._unreported = Sum()
         for booked in self._booked.values():
             if self._is_unreported(booked):
@@ -93,7 +104,9 @@ class Bookings:
         total, since = self._total, self._unreported
         return Sum(
             max(reported.requests + since.requests, total.requests),
-            max(reported.prefill_tokens + since.prefill_tokens, total.prefill_tokens),
+            max(reported.prefill_tokens, sum(self._newer.values()))
+            + since.prefill_tokens
+            + sum(self._newest.values()),
             max(reported.context_tokens + since.context_tokens, total.context_tokens),
         )
 

@@ -114,7 +114,7 @@ def test_what_was_sent_after_the_last_report_comes_on_top_of_it() -> None:
     fleet.report(view, report(1, load=replace(busy, last_submit=SubmitNumber(2))), now=3.0)
     assert view.to_do == Sum(3, 40, 60)
     fleet.report(view, report(1, load=replace(LOAD, last_submit=SubmitNumber(2))), now=4.0)
-    assert view.to_do == Sum(2, 5, 42)  # both are computed elsewhere at the moment
+    assert view.to_do == Sum(2, 0, 42)  # a is computed elsewhere at the moment, b's prompt has been computed
     fleet.prefill_is_done(view, "b")
     assert view.to_do == Sum(2, 0, 42)
     view.booked.check_integrity()
@@ -134,6 +134,29 @@ def test_a_prefill_worker_counts_what_it_reports_or_what_was_sent_there() -> Non
     assert view.to_do == Sum(1, 40, 0)
     (candidate,) = fleet.view([], 4, now=2.0).prefill
     assert (candidate.queued_tokens, candidate.running_sequences) == (40, 0)
+
+
+def test_of_a_prompt_that_is_being_computed_only_the_rest_counts() -> None:
+    fleet = Fleet()
+    fleet.set_members(Members(1, (member("p0", role=Role.PREFILL), member("d0", 2))))
+    prefill, decode = connect(fleet, "p0"), connect(fleet, "d0", 2)
+
+    def waiting(view: WorkerView, num_tokens: int) -> int:
+        load = replace(LOAD, waiting_tokens=num_tokens, last_submit=SubmitNumber(1))
+        fleet.report(view, report(view.member.incarnation, load=load), now=2.0)
+        return view.to_do.prefill_tokens
+
+    fleet.book(WorkerId("p0"), "a", Booked(1000, 0))
+    assert waiting(prefill, 0) == 1000  # it may not have heard of it yet
+    assert waiting(prefill, 900) == 900
+    assert waiting(prefill, 100) == 100
+    fleet.book(WorkerId("p0"), "b", Booked(50, 0))
+    assert prefill.to_do.prefill_tokens == 150
+    fleet.book(WorkerId("d0"), "c", Booked(1000, 1000, SubmitNumber(1)))
+    assert waiting(decode, 100) == 100
+    fleet.release(prefill, "b")
+    assert prefill.to_do.prefill_tokens == 100
+    assert waiting(prefill, 0) == 0
 
 
 def test_a_replaced_worker_loses_its_place_to_the_new_process_alone() -> None:
