@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from pdserve.contract.block_names import ChainRoot, name_blocks
+from pdserve.contract.block_names import ChainRoot, max_shared_blocks, name_blocks
 from pdserve.contract.errors import (
     DeadlineExceeded,
     ErrorCode,
@@ -291,7 +291,8 @@ class Journey:
         check_length(progress.most_tokens, info, f"{progress.most_tokens} tokens were asked for")
         if progress.named_for != info.fingerprint:
             root = ChainRoot(info.fingerprint, progress.request.cache_salt)
-            progress.names = name_blocks(progress.request.prompt_tokens, info.block_size, root.seed)
+            names = name_blocks(progress.request.prompt_tokens, info.block_size, root.seed)
+            progress.names = names[: max_shared_blocks(progress.num_prompt, info.block_size)]
             progress.named_for = info.fingerprint
         self._judge(progress)
         request = PlacementRequest(

@@ -84,7 +84,7 @@ class Progress:
     deadline_at: float | None
     closing: Closing
     span: Span = NO_SPAN
-    names: list[BlockHash] = field(default_factory=list)  # of the prompt's full blocks
+    names: list[BlockHash] = field(default_factory=list)  # of the prompt's blocks that caches may have
     named_for: str | None = None
     """The fingerprint of the model whose names these are."""
     output: bytearray = field(default_factory=bytearray)  # tokens that the client has

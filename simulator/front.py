@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pdserve.contract.block_names import ChainRoot, name_blocks
+from pdserve.contract.block_names import ChainRoot, max_shared_blocks, name_blocks
 from pdserve.contract.errors import PdserveError
 from pdserve.contract.ids import BlockHash, SubmitNumber, WorkerId
 from pdserve.contract.messages import RequestTimings
@@ -62,7 +62,9 @@ class Front:
         except PdserveError as error:
             course.error = f"{error.info.code.value}: {error.info.message}"
             return
-        prompt = slice_tokens(request.block_ids, 0, request.num_prompt // self.model.block_size)
+        prompt = slice_tokens(
+            request.block_ids, 0, max_shared_blocks(request.num_prompt, self.model.block_size)
+        )
         progress = Progress(course, name_blocks(prompt, 1, self.root.seed))
         self.inside[request.index] = progress
         self._place(progress)

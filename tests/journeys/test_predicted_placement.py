@@ -102,3 +102,16 @@ def test_a_decision_is_told_with_what_came_of_it() -> None:
             await system.at_rest()
 
     run_virtual(story())
+
+
+def test_the_end_of_a_prompt_is_computed_even_where_all_of_it_is_held() -> None:
+    async def story() -> None:
+        async with predicting_system(0, 1) as system:
+            for _ in range(2):
+                asked = Asked(system, 80, 5)  # 20 whole blocks
+                await asked.reading
+                await system.clock.sleep(1)
+                assert off_by(asked.attempt) == pytest.approx((1, 1), rel=0.2)
+            await system.at_rest()
+
+    run_virtual(story())
