@@ -13,8 +13,9 @@ class OutputLengths:
         self._mean = _FIRST_GUESS
 
     def note(self, num_tokens: int) -> None:
-        """An output has ended."""
-        self._mean += _WEIGHT * (num_tokens - self._mean)
+        """An output has ended. One without tokens tells nothing: its request has failed before."""
+        if num_tokens:
+            self._mean += _WEIGHT * (num_tokens - self._mean)
 
     def expected(self, most_tokens: int) -> float:
         """Of an output that may still have `most_tokens`."""

@@ -61,6 +61,8 @@ def test_outputs_are_expected_to_be_as_long_as_the_last_ones_but_not_longer_than
     lengths = OutputLengths()
     for _ in range(500):
         lengths.note(40)
+    for _ in range(500):
+        lengths.note(0)  # refused, or failed before its first token
     assert lengths.expected(1000) == pytest.approx(40, rel=0.01)
     assert lengths.expected(7) == 7
     assert lengths.expected(0) == 1
