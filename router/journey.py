@@ -134,6 +134,9 @@ class Journey:
         except PdserveError as error:
             outcome, progress.error = error.info.code.value, error.info
             raise
+        except Exception:
+            outcome = ErrorCode.INTERNAL.value
+            raise
         finally:
             self._leave(progress, outcome or progress.closing.reason.value)
 
@@ -258,7 +261,7 @@ class Journey:
             placement = None if self._awaits_verdict(progress) else self._choose(progress)
             if placement is not None:
                 return placement
-            with self._counted_as_waiting(progress):
+            with Waiting(self._metrics, progress.num_prompt):
                 await self._fleet_change(progress, until)
 
     def _awaits_verdict(self, progress: Progress) -> bool:
@@ -468,9 +471,6 @@ class Journey:
             self._metrics.observe_prediction("first", way, took_s, predicted.first_token_s)
         if not had_second and attempt.second_token_at is not None:
             self._metrics.observe_prediction("second", way, took_s, predicted.second_token_s)
-
-    def _counted_as_waiting(self, progress: Progress) -> Waiting:
-        return Waiting(self._metrics, progress.num_prompt)
 
     def _book(self, progress: Progress, placement: Placement, number: SubmitNumber) -> Booking:
         return Booking(self._fleet, placement, progress.num_known, number, progress.names)

@@ -233,6 +233,20 @@ def test_refused_requests_are_not_good() -> None:
     run_virtual(story())
 
 
+def test_a_request_that_a_bug_has_ended_is_bad_and_not_one_whose_client_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def story() -> None:
+        async with steady_system() as system:
+            monkeypatch.setattr(system.router.fleet, "view", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                await system.generate(prompt_of(8), greedy(3))
+            assert system.router_metric("router_requests_total", outcome="internal") == 1
+            assert system.router_metric("slo_requests_total", result="bad") == 1
+
+    run_virtual(story())
+
+
 def test_where_the_time_of_a_request_went() -> None:
     async def story() -> None:
         async with steady_system() as system:
