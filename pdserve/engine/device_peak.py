@@ -18,7 +18,7 @@ class _KnownGpu:
     """From NVIDIA's data sheets, without sparsity."""
 
     name: str
-    """What torch's name of the device begins with; longer names stand first."""
+    """What torch's name of the device begins with, as whole words; longer names stand first."""
     half_flops_per_s: float
     float32_flops_per_s: float
     bytes_per_s: float
@@ -31,6 +31,7 @@ _KNOWN_GPUS = (
     _KnownGpu("NVIDIA A100-SXM4-80GB", 312e12, 19.5e12, 2.039e12),
     _KnownGpu("NVIDIA A100 80GB PCIe", 312e12, 19.5e12, 1.935e12),
     _KnownGpu("NVIDIA A100", 312e12, 19.5e12, 1.555e12),
+    _KnownGpu("NVIDIA L40", 181e12, 90.5e12, 0.864e12),
     _KnownGpu("NVIDIA L40S", 362e12, 91.6e12, 0.864e12),
     _KnownGpu("NVIDIA L4", 121e12, 30.3e12, 0.3e12),
     _KnownGpu("Tesla T4", 65e12, 8.1e12, 0.32e12),
@@ -42,16 +43,19 @@ def find_peak(
 ) -> DevicePeak:
     """`tflops` and `gb_per_s` are what the configuration tells, 10**12 and 10**9 a second. What it does not
     tell is looked up or measured, with the threads that torch has now."""
-    known = _known_peak(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+    known = known_peak(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
     return DevicePeak(
         flops_per_s=tflops * 1e12 if tflops else known.flops_per_s if known else _flops_per_s(device, dtype),
         bytes_per_s=gb_per_s * 1e9 if gb_per_s else known.bytes_per_s if known else _bytes_per_s(device),
     )
 
 
-def _known_peak(name: str, dtype: torch.dtype) -> DevicePeak | None:
+def known_peak(name: str, dtype: torch.dtype) -> DevicePeak | None:
+    """None also for a part of a GPU (MIG), whose name is that of the whole with its share behind it."""
+    if " MIG " in name:
+        return None
     for gpu in _KNOWN_GPUS:
-        if name.startswith(gpu.name):
+        if name.startswith(gpu.name) and name[len(gpu.name) :][:1] in ("", " ", "-"):
             flops_per_s = gpu.float32_flops_per_s if dtype is torch.float32 else gpu.half_flops_per_s
             return DevicePeak(flops_per_s, gpu.bytes_per_s)
     return None

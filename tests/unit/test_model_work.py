@@ -13,7 +13,7 @@ from pdserve.contract.sampling import SamplingParams
 from pdserve.contract.tokens import pack_tokens
 from pdserve.contract.work import SampleRequest, SequenceStep, StepBatch
 from pdserve.engine.attention_probe import probe_attention
-from pdserve.engine.device_peak import find_peak
+from pdserve.engine.device_peak import find_peak, known_peak
 from pdserve.engine.model_shape import model_work
 from tests.small_models import make_model
 
@@ -82,3 +82,21 @@ def test_peaks_that_are_told_are_taken_and_others_measured() -> None:
     measured = find_peak(cpu, torch.float32, tflops=2.0)
     assert measured.flops_per_s == 2e12
     assert measured.bytes_per_s > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "gb_per_s"),
+    [
+        ("NVIDIA L4", 300),
+        ("NVIDIA L40", 864),
+        ("NVIDIA L40S", 864),
+        ("NVIDIA A100-SXM4-40GB", 1555),
+        ("NVIDIA A100-SXM4-80GB", 2039),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+        ("NVIDIA A1000", None),
+    ],
+)
+def test_gpus_are_known_by_their_whole_name(name: str, gb_per_s: float | None) -> None:
+    """Figures of NVIDIA's data sheets."""
+    peak = known_peak(name, torch.bfloat16)
+    assert (None if peak is None else peak.bytes_per_s / 1e9) == gb_per_s
