@@ -171,6 +171,7 @@ class Fleet:
         for worker_id in [worker_id for worker_id in self.workers if worker_id not in named]:
             self.lost(self.workers.pop(worker_id))
             self._kv_travel.forget(worker_id)
+            self._forget_failures(worker_id)
         for worker_id, member in named.items():
             self._set_member(worker_id, member)
         self.changed.set()
@@ -238,7 +239,8 @@ class Fleet:
 
     def pair_refused(self, prefill: WorkerId, decode: WorkerId) -> None:
         """Their KV does not mean the same: no such pair until one of them is another incarnation."""
-        self._failed_pairs[prefill, decode] = math.inf
+        if prefill in self.workers and decode in self.workers:
+            self._failed_pairs[prefill, decode] = math.inf
 
     def pair_failed(self, prefill: WorkerId, decode: WorkerId, now: float) -> None:
         """A hand-off between two workers failed: do not try that pair for a while."""
@@ -308,7 +310,8 @@ class Fleet:
     ) -> None:
         """How the KV of an attempt has travelled, all of it."""
         self._kv_is_there(decode, attempt)
-        self._kv_travel.note(prefill.member.worker_id, decode.member.worker_id, timings)
+        if all(self.workers.get(view.member.worker_id) is view for view in (prefill, decode)):
+            self._kv_travel.note(prefill.member.worker_id, decode.member.worker_id, timings)
 
     def release(self, view: WorkerView, attempt: object) -> None:
         """The attempt needs nothing more of the worker; what it has computed stays there."""
@@ -427,7 +430,7 @@ class Fleet:
         self._note_state(view, member.state)
 
     def _forget_failures(self, worker_id: WorkerId) -> None:
-        """Of a worker's earlier incarnation."""
+        """Of a worker that has gone, or of its earlier incarnation."""
         for pair in [pair for pair in self._failed_pairs if worker_id in pair]:
             del self._failed_pairs[pair]
 

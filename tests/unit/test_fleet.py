@@ -5,7 +5,16 @@ from dataclasses import replace
 import pytest
 
 from pdserve.contract.ids import BlockHash, Incarnation, SubmitNumber, WorkerId
-from pdserve.contract.messages import Hello, Member, Members, Report, Role, WorkerLoad, WorkerState
+from pdserve.contract.messages import (
+    Hello,
+    Member,
+    Members,
+    Report,
+    RequestTimings,
+    Role,
+    WorkerLoad,
+    WorkerState,
+)
 from pdserve.contract.work import BlockCounts, ModelInfo
 from pdserve.engine.fake_engine import DEFAULT_COST, FakeEngine
 from router.bookings import Booked, Sum
@@ -267,6 +276,21 @@ def test_a_pair_that_was_refused_rests_until_a_worker_is_replaced() -> None:
     assert fleet.unusable_pairs(1e9) == {("p0", "d0")}
     fleet.set_members(Members(2, (member("p0", 2, Role.PREFILL), member("d0"))))
     assert fleet.unusable_pairs(10.0) == frozenset()
+
+
+def test_of_workers_that_have_gone_nothing_is_kept() -> None:
+    fleet = Fleet()
+    fleet.set_members(Members(1, (member("p0", role=Role.PREFILL), member("d0", 2))))
+    prefill, decode = connect(fleet, "p0"), connect(fleet, "d0", 2)
+    default = fleet.view([], 4, now=1.0).kv_speeds.default_s_per_token
+    fleet.pair_refused(WorkerId("p0"), WorkerId("d0"))
+    fleet.set_members(Members(2, (member("d0", 2),)))
+    timings = RequestTimings(transfer_s=1.0, transfer_bytes=10, transfer_is_whole=True)
+    fleet.kv_has_come(prefill, decode, "a", timings)  # its last words come after it
+    assert fleet.unusable_pairs(2.0) == frozenset()
+    speeds = fleet.view([], 4, now=2.0).kv_speeds
+    assert speeds.s_per_token == {}
+    assert speeds.default_s_per_token == default
 
 
 def test_a_new_incarnation_has_not_failed_yet() -> None:
