@@ -63,13 +63,15 @@ class Predicted:
     def _two_best(self, request: PlacementRequest, fleet: FleetView) -> tuple[Scored | None, Scored | None]:
         """Of the ways to serve a request that are on the short lists. Scores are summed up as in
         `prediction`, without a Prediction for each."""
-        sources = _sources(request, fleet)
+        candidates = shortlist(fleet.decode, fleet.held, request.most_tokens)
+        sinks = [sink_of(each, request, fleet.held.tokens(each)) for each in candidates]
+        sources = _sources(request, sinks, fleet)
+        soonest_s = min([_takes_s(each) for each in sources], default=inf)
         best: Scored | None = None
         second: Scored | None = None
         best_s = second_s = inf
-        for candidate in shortlist(fleet.decode, fleet.held, request.most_tokens):
-            sink = sink_of(candidate, request, fleet.held.tokens(candidate))
-            for score_s, source in self._ways(sink, sources, fleet, second_s):
+        for sink in sinks:
+            for score_s, source in self._ways(sink, sources, soonest_s, fleet, second_s):
                 if score_s < best_s:
                     second, second_s = best, best_s
                     best, best_s = Scored(score_s, sink, source), score_s
@@ -78,10 +80,10 @@ class Predicted:
         return best, second
 
     def _ways(
-        self, sink: Sink, sources: Sequence[Source], fleet: FleetView, enough_s: float
+        self, sink: Sink, sources: Sequence[Source], soonest_s: float, fleet: FleetView, enough_s: float
     ) -> list[tuple[float, Source | None]]:
-        """(score, who computes the prompt; None: `sink` itself). Left out is a local way that cannot be
-        better than `enough_s`."""
+        """(score, who computes the prompt; None: `sink` itself). Left out is what cannot be better than
+        `enough_s`: `soonest_s` is when the first of `sources` has computed the prompt."""
         weight = self._harm_weight
         candidate = sink.candidate
         after_s = sink.step_s + weight * sink.growth_harm_s
@@ -90,6 +92,8 @@ class Predicted:
         if own_s * (1 + weight * candidate.running_sequences) + after_s < enough_s:
             local = predict_local(sink)
             ways.append((local.second_token_s + weight * local.harm_s, None))
+        if soonest_s + after_s >= enough_s:
+            return ways
         for source in sources:
             if fleet.may_pair(source.candidate, candidate):
                 transfer_s = _transfer_s(source, sink, fleet)
@@ -99,9 +103,9 @@ class Predicted:
         return ways
 
 
-def _sources(request: PlacementRequest, fleet: FleetView) -> list[Source]:
+def _sources(request: PlacementRequest, sinks: Sequence[Sink], fleet: FleetView) -> list[Source]:
     """The short list of prefill workers. Where any may be paired with any, those are left out that both start
-    later and take longer than another."""
+    later and take longer than another whose computation hides the KV's way to every sink."""
     if request.alone:
         return []
     listed = shortlist(fleet.prefill, fleet.held, request.num_tokens)
@@ -109,6 +113,8 @@ def _sources(request: PlacementRequest, fleet: FleetView) -> list[Source]:
     if len(sources) < 2 or fleet.unusable_pairs or len({each.fingerprint for each in listed}) > 1:
         return sources
     least = min(sources, key=_takes_s)
+    if any(_transfer_s(least, sink, fleet) > least.prefill_s for sink in sinks):
+        return sources
     enough_s = _takes_s(least) * (1 + TIE_SHARE) + TIE_S
     return [
         each

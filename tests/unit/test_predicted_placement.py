@@ -101,6 +101,17 @@ def test_kv_that_is_not_hidden_counts_for_the_second_token() -> None:
     assert gap_s == pytest.approx((0.8 - 0.44) + 0.01 + 10 * 0.002 + 400e-6)
 
 
+def test_a_prefill_worker_with_a_faster_way_is_worth_a_longer_queue() -> None:
+    far, near = worker(1), worker(2, queued_prefill_tokens=20)
+    speeds = KvSpeeds(0.1, {(WorkerId("w2"), WorkerId("w0")): 0.0001})
+    seen = FleetView(Pool([worker(0, running_sequences=50)]), Pool([far, near]), kv_speeds=speeds)
+    placement = place(seen)
+    assert placement.prefill == "w2"
+    assert placement.predicted is not None
+    step_s = 0.01 + 51 * 0.002 + 400e-6
+    assert placement.predicted.second_token_s == pytest.approx(0.03 + 0.44 + step_s)
+
+
 @pytest.mark.parametrize(("queued", "chosen"), [(300, "w1"), (700, "w2")])
 def test_a_hot_prefix_is_computed_elsewhere_when_its_owner_queues_for_longer(
     queued: int, chosen: str
