@@ -14,6 +14,9 @@ _FEW = 8
 
 _NUM_STEPS = 64
 
+_Place = tuple[float, int, WorkerId]
+"""(load in seconds, number of the `put`, worker)."""
+
 
 class Candidate(NamedTuple):
     """One usable worker, what was just sent there included.
@@ -78,11 +81,14 @@ class Held(NamedTuple):
 
 
 class Pool:
-    """The usable workers of one kind, the least loaded first. The fleet keeps it up to date."""
+    """The usable workers of one kind, the least loaded first; of equals the one that has been put there
+    longest ago, so that idle workers take turns and all their caches fill. The fleet keeps it up to date."""
 
     def __init__(self, candidates: Iterable[Candidate] = ()) -> None:
         self._candidates: dict[WorkerId, Candidate] = {}
-        self._order: list[tuple[float, WorkerId]] = []  # (load in seconds, worker), ascending
+        self._order: list[_Place] = []  # ascending
+        self._places: dict[WorkerId, _Place] = {}
+        self._num_puts = 0
         self._by_bit: dict[int, Candidate] = {}
         for candidate in candidates:
             self.put(candidate)
@@ -91,7 +97,7 @@ class Pool:
         return len(self._order)
 
     def __iter__(self) -> Iterator[Candidate]:
-        return (self._candidates[worker_id] for _, worker_id in self._order)
+        return (self._candidates[worker_id] for _, _, worker_id in self._order)
 
     def get(self, worker_id: WorkerId) -> Candidate | None:
         return self._candidates.get(worker_id)
@@ -115,17 +121,21 @@ class Pool:
 
     def put(self, candidate: Candidate) -> None:
         """Add a worker, or replace what was believed of it."""
-        self.remove(candidate.worker_id)
-        self._candidates[candidate.worker_id] = candidate
+        worker_id = candidate.worker_id
+        self.remove(worker_id)
+        self._num_puts += 1
+        place = (candidate.load_s, self._num_puts, worker_id)
+        self._candidates[worker_id] = candidate
         self._by_bit[candidate.owner_bit] = candidate
-        insort(self._order, (candidate.load_s, candidate.worker_id))
+        self._places[worker_id] = place
+        insort(self._order, place)
 
     def remove(self, worker_id: WorkerId) -> None:
         """Forget a worker, if it is there."""
-        former = self._candidates.pop(worker_id, None)
-        if former is not None:
-            del self._order[bisect_left(self._order, (former.load_s, worker_id))]
-            self._by_bit.pop(former.owner_bit, None)
+        place = self._places.pop(worker_id, None)
+        if place is not None:
+            del self._order[bisect_left(self._order, place)]
+            self._by_bit.pop(self._candidates.pop(worker_id).owner_bit, None)
 
 
 def _single_bits(bits: int) -> Iterator[int]:

@@ -1,9 +1,11 @@
 """What the router believes, and what makes it stop believing."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
+from pdserve.clock import SeededRng
 from pdserve.contract.ids import BlockHash, Incarnation, SubmitNumber, WorkerId
 from pdserve.contract.messages import (
     Hello,
@@ -21,6 +23,7 @@ from router.bookings import Booked, Sum
 from router.fleet import PAIR_TIMEOUT_S, Fate, Fleet, Identity, WorkerView
 from router.placement.longest_prefix import LongestPrefix
 from router.placement.policy import PlacementRequest
+from router.placement.predicted import Predicted
 
 INFO = FakeEngine(num_blocks=8).info
 LOAD = WorkerLoad(
@@ -166,6 +169,24 @@ def test_of_a_prompt_that_is_being_computed_only_the_rest_counts() -> None:
     fleet.release(prefill, "b")
     assert prefill.to_do.prefill_tokens == 100
     assert waiting(prefill, 0) == 0
+
+
+@pytest.mark.parametrize("num_workers", [5, 20])
+def test_idle_workers_take_turns_so_that_all_caches_fill(num_workers: int) -> None:
+    fleet = Fleet()
+    fleet.set_members(Members(1, tuple(member(f"d{number}", number) for number in range(num_workers))))
+    for number in range(num_workers):
+        connect(fleet, f"d{number}", number)
+    policy = Predicted(SeededRng(1))
+    placed: Counter[str] = Counter()
+    for number in range(1, 10 * num_workers + 1):
+        placement = policy.choose(PlacementRequest(8, 10, 2.0), fleet.view([], 4, now=2.0))
+        assert placement is not None
+        placed[placement.decode] += 1
+        view = fleet.book(placement.decode, number, Booked(8, 8, SubmitNumber(number)))
+        fleet.release(view, number)
+    assert len(placed) == num_workers
+    assert max(placed.values()) <= 20
 
 
 def test_a_replaced_worker_loses_its_place_to_the_new_process_alone() -> None:
