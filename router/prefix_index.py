@@ -12,7 +12,7 @@ Where a probe shows that it is not so, all blocks are walked.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate, pairwise
 from operator import xor
@@ -40,10 +40,10 @@ class _Slot:
 
 @dataclass(slots=True)
 class _Retired:
-    """A bit that may be used again once all shards before `next_shard` wraps around are swept."""
+    """A bit that may be used again once so many more shards are swept."""
 
     bit: int
-    next_shard: int = field(default=0)
+    num_shards_left: int = _NUM_SHARDS
 
 
 class PrefixIndex:
@@ -59,6 +59,7 @@ class PrefixIndex:
         self._num_bits = 0
         self._alive = 0
         self._retired: list[_Retired] = []
+        self._next_shard = 0  # to be swept
 
     @property
     def num_names(self) -> int:
@@ -173,15 +174,20 @@ class PrefixIndex:
         return self._shard_of[name >> _SLICE_SHIFT].get(name, 0) & self._alive
 
     def sweep(self) -> None:
-        """Clear dead workers' bits in one shard each. Called now and then; never more than 1/256 of the
-        index in one call and worker."""
+        """Clear all dead workers' bits in one shard. Called now and then; one call never looks at more than
+        about 1/256 of the index, however many have died."""
+        if not self._retired:
+            return
+        dead = 0
         for retired in self._retired:
-            shard = self._shards[retired.next_shard]
-            for name in [name for name, owners in shard.items() if owners & retired.bit]:
-                self._set_owners(shard, name, shard[name] & ~retired.bit)
-            retired.next_shard += 1
-        self._free_bits += [retired.bit for retired in self._retired if retired.next_shard == _NUM_SHARDS]
-        self._retired = [retired for retired in self._retired if retired.next_shard < _NUM_SHARDS]
+            dead |= retired.bit
+            retired.num_shards_left -= 1
+        shard = self._shards[self._next_shard]
+        self._next_shard = (self._next_shard + 1) % _NUM_SHARDS
+        for name in [name for name, owners in shard.items() if owners & dead]:
+            self._set_owners(shard, name, shard[name] & ~dead)
+        self._free_bits += [retired.bit for retired in self._retired if not retired.num_shards_left]
+        self._retired = [retired for retired in self._retired if retired.num_shards_left]
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless the entries add up to what is counted for each worker. O(entries)."""

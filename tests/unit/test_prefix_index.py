@@ -68,6 +68,22 @@ def test_a_swept_bit_is_given_to_the_next_worker_without_the_old_names() -> None
     assert index.holders(NAMES) == []
 
 
+def test_a_sweep_changes_one_shard_however_many_workers_have_died() -> None:
+    names = [BlockHash(i * 0x9E3779B97F4A7C15 % 2**64) for i in range(1, 3000)]
+    index = PrefixIndex()
+    for worker in range(1, 9):
+        index.add_worker(Incarnation(worker))
+        index.store(Incarnation(worker), names)
+    for worker in range(1, 9):  # they die one after the other
+        index.remove_worker(Incarnation(worker))
+        before = [dict(shard) for shard in index._shards]
+        index.sweep()
+        assert sum(old != new for old, new in zip(before, index._shards, strict=True)) == 1
+    for _ in range(255):
+        index.sweep()
+    assert index.num_names == 0
+
+
 def num_held_blocks(index: PrefixIndex, prompt: list[BlockHash]) -> dict[Incarnation, int]:
     """What `holders` tells, by worker."""
     bits = {worker: index.bit_of(worker) for worker in map(Incarnation, range(1, 6))}
