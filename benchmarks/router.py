@@ -3,10 +3,10 @@
     python -m benchmarks.router --json results.json
     python -m benchmarks.router --smoke
 
-One decision is all that the router does to place a prompt: name its blocks, look them up, choose by predicted
-seconds, book at both workers, and take the bookings back. Half of each prompt is held by one prefill worker
-and a quarter of it by a decode worker; the others hold what others asked for. The index is filled in events
-of 16 blocks, each of another prompt.
+One decision is all that the router does to place a prompt: see what is served, name its blocks, look them up,
+choose by predicted seconds, book at both workers, and take the bookings back. Half of each prompt is held by
+one prefill worker and a quarter of it by a decode worker; the others hold what others asked for. The index is
+filled in events of 16 blocks, each of another prompt.
 
 All times are of this thread's CPU, so that other processes on the machine only count as far as they take
 caches and the core's other thread away. To tell how much that is, the time that it takes only to name a
@@ -78,7 +78,9 @@ class Scene:
     def decide(self, prompt: TokenBytes) -> None:
         """One decision, whole, whose request ends at once."""
         fleet = self.fleet
-        names = name_blocks(prompt, BLOCK_SIZE, 7)
+        info = fleet.model_info()
+        assert info is not None
+        names = name_blocks(prompt, info.block_size, 7)
         num_tokens = len(prompt) // 4
         seen = fleet.view(names, BLOCK_SIZE, now=1.0)
         placement = self.policy.choose(PlacementRequest(num_tokens, num_tokens + 100, 100.0), seen)

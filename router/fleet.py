@@ -151,7 +151,8 @@ class Fleet:
         self.epoch = -1
         self.changed = asyncio.Event()
         self._failed_pairs: dict[tuple[WorkerId, WorkerId], float] = {}  # (prefill, decode) -> until
-        self._former_model: ModelInfo | None = None
+        self._model: ModelInfo | None = None
+        self._models: dict[str, ModelInfo] = {}  # fingerprint -> of those that are served now
         self._leaving: dict[Identity, None] = {}  # who has said that it would be stopped, oldest first
         self._pending = PendingOwners()
         self._kv_travel = KvTravel()
@@ -166,7 +167,6 @@ class Fleet:
         if members.epoch < self.epoch:
             return
         self.epoch = members.epoch
-        self._former_model = self.model_info()
         named = {member.worker_id: member for member in members.members}
         for worker_id in [worker_id for worker_id in self.workers if worker_id not in named]:
             self.lost(self.workers.pop(worker_id))
@@ -174,12 +174,14 @@ class Fleet:
             self._forget_failures(worker_id)
         for worker_id, member in named.items():
             self._set_member(worker_id, member)
+        self._find_model()
         self.changed.set()
 
     # What the workers say.
 
     def hello(self, view: WorkerView, hello: Hello) -> None:
         view.hello = hello
+        self._find_model()
         view.indexed = True
         self.index.add_worker(hello.incarnation)
         self._move_pending(view, self.index.bit_of(hello.incarnation))
@@ -254,11 +256,9 @@ class Fleet:
         middle of a rollout, when `fingerprint` tells which is meant; this is how the worker with the largest
         pool does: the longest that can be served must fit there. While all are being replaced it is what the
         former members said, so that requests wait for the new ones."""
-        hellos = [view.hello for view in self.workers.values() if view.hello is not None]
-        decoding = [hello for hello in hellos if hello.role is not Role.PREFILL]
-        models = [hello.model for hello in decoding or hellos]
-        meant = (model for model in models if fingerprint in (None, model.fingerprint))
-        return max(meant, key=lambda model: model.pool_tokens, default=self._former_model)
+        if fingerprint is None:
+            return self._model
+        return self._models.get(fingerprint, self._model)
 
     def view(
         self, names: Sequence[BlockHash], block_size: int, now: float, fingerprint: str | None = None
@@ -349,6 +349,14 @@ class Fleet:
 
     def num_usable(self, role: Role) -> int:
         return sum(view.usable and view.member.role is role for view in self.workers.values())
+
+    def _find_model(self) -> None:
+        """What `model_info` tells. Requests ask often and workers change rarely."""
+        hellos = [view.hello for view in self.workers.values() if view.hello is not None]
+        decoding = [hello for hello in hellos if hello.role is not Role.PREFILL]
+        models = sorted((hello.model for hello in decoding or hellos), key=lambda model: model.pool_tokens)
+        self._models = {model.fingerprint: model for model in models}
+        self._model = models[-1] if models else self._model
 
     def _kv_is_there(self, view: WorkerView, attempt: object) -> None:
         pending = view.pending.get(attempt)
