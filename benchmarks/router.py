@@ -88,7 +88,8 @@ class Scene:
         attempt = object()
         to_compute = placement.num_to_compute
         here = to_compute if placement.prefill is None else 0
-        decode = fleet.book(placement.decode, attempt, Booked(here, num_tokens, SubmitNumber(1)), names)
+        booked = Booked(here, num_tokens, SubmitNumber(1))
+        decode = fleet.book(placement.decode, attempt, booked, names, placement.prefill is not None)
         prefill = None
         if placement.prefill is not None:
             prefill = fleet.book(placement.prefill, attempt, Booked(to_compute, 0), names)

@@ -20,16 +20,17 @@ class Booking:
         number: SubmitNumber,
         names: Sequence[BlockHash],
     ) -> None:
-        """`names` are those of the prompt's full blocks."""
+        """`names` are those of the prompt's blocks that caches may have."""
         self._fleet = fleet
         to_compute = placement.num_to_compute
         here = to_compute if placement.prefill is None else 0
-        self._decode = fleet.book(placement.decode, self, Booked(here, num_tokens, number), names)
+        receives = placement.prefill is not None
+        self._decode = fleet.book(placement.decode, self, Booked(here, num_tokens, number), names, receives)
         self._prefill: WorkerView | None = None
         if placement.prefill is not None:
             self._prefill = fleet.book(placement.prefill, self, Booked(to_compute, 0), names)
         self._computing = True
-        self._traveling = placement.prefill is not None
+        self._traveling = receives
 
     def prefill_is_done(self) -> None:
         """The first token is there: the prompt has been worked off."""

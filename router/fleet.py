@@ -60,8 +60,9 @@ class Fate(StrEnum):
 
 
 class Pending(NamedTuple):
-    """Block names that a worker is noted for as a pending owner."""
+    """Block names that a worker is noted for in one of the fleet's `PendingOwners`."""
 
+    owners: PendingOwners
     names: Sequence[BlockHash]
     bit: int
     is_computed: bool = False
@@ -154,7 +155,8 @@ class Fleet:
         self._model: ModelInfo | None = None
         self._models: dict[str, ModelInfo] = {}  # fingerprint -> of those that are served now
         self._leaving: dict[Identity, None] = {}  # who has said that it would be stopped, oldest first
-        self._pending = PendingOwners()
+        self._computing = PendingOwners()  # of the prompts' blocks that are computed there
+        self._receiving = PendingOwners()  # that others compute for them
         self._kv_travel = KvTravel()
         self._booked_anew: dict[WorkerView, None] = {}  # whose bookings the pools do not know yet
         self._prefilling = Pool()  # the usable prefill workers
@@ -269,10 +271,14 @@ class Fleet:
             self._refresh(view)
         self._booked_anew.clear()
         depths = self.index.holders(names)
-        pending = self._pending.holders(names)
-        if pending:
-            depths = sorted(depths + pending, reverse=True)
+        computing = self._computing.holders(names)
+        if computing:
+            depths = sorted(depths + computing, reverse=True)
         held = Held([(num_blocks * block_size, bits) for num_blocks, bits in depths])
+        receiving = self._receiving.holders(names)
+        if receiving:
+            coming = [(num_blocks * block_size, bits) for num_blocks, bits in receiving]
+            held = Held(sorted([*held.depths, *coming], reverse=True), held.depths)
         decoding, prefilling = self._decoding, self._prefilling
         if fingerprint is not None:
             decoding, prefilling = decoding.of(fingerprint), prefilling.of(fingerprint)
@@ -287,15 +293,21 @@ class Fleet:
     # What the journey sends.
 
     def book(
-        self, worker_id: WorkerId, attempt: object, booked: Booked, names: Sequence[BlockHash] = ()
+        self,
+        worker_id: WorkerId,
+        attempt: object,
+        booked: Booked,
+        names: Sequence[BlockHash] = (),
+        receives: bool = False,
     ) -> WorkerView:
-        """An attempt whose prompt has these block names has been sent to a worker. What becomes of it is told
-        with the view that is returned."""
+        """An attempt whose prompt has these block names has been sent to a worker, which computes it or
+        `receives` its KV from another. What becomes of it is told with the view that is returned."""
         view = self.workers[worker_id]
         view.booked.add(attempt, booked)
         bit = 0 if view.hello is None else self.index.bit_of(view.hello.incarnation)
         if bit and names:
-            view.pending[attempt] = Pending(self._pending.add(names, bit), bit)
+            owners = self._receiving if receives else self._computing
+            view.pending[attempt] = Pending(owners, owners.add(names, bit), bit)
         self._booked_anew[view] = None
         return view
 
@@ -354,9 +366,9 @@ class Fleet:
         """What `model_info` tells. Requests ask often and workers change rarely."""
         hellos = [view.hello for view in self.workers.values() if view.hello is not None]
         decoding = [hello for hello in hellos if hello.role is not Role.PREFILL]
-        models = sorted((hello.model for hello in decoding or hellos), key=lambda model: model.pool_tokens)
-        self._models = {model.fingerprint: model for model in models}
-        self._model = models[-1] if models else self._model
+        models = [hello.model for hello in decoding or hellos]
+        self._model = max(models, key=_pool_tokens, default=self._model)
+        self._models = {model.fingerprint: model for model in sorted(models, key=_pool_tokens)}
 
     def _kv_is_there(self, view: WorkerView, attempt: object) -> None:
         pending = view.pending.get(attempt)
@@ -371,12 +383,12 @@ class Fleet:
     def _move_pending(self, view: WorkerView, bit: int) -> None:
         """The index counts the worker anew, under another bit; its former one will be another worker's."""
         for attempt, pending in view.pending.items():
-            self._pending.move(pending.names, pending.bit, bit)
+            pending.owners.move(pending.names, pending.bit, bit)
             view.pending[attempt] = pending._replace(bit=bit)
 
     def _forget_pending(self, view: WorkerView, attempt: object) -> None:
         pending = view.pending.pop(attempt)
-        self._pending.remove(pending.names, pending.bit)
+        pending.owners.remove(pending.names, pending.bit)
 
     def _refresh(self, view: WorkerView) -> None:
         """Bring the pools up to date with what is believed of a worker."""
@@ -445,3 +457,7 @@ class Fleet:
 
 def _host(member: Member) -> str:
     return member.address.rpartition(":")[0]
+
+
+def _pool_tokens(model: ModelInfo) -> int:
+    return model.pool_tokens

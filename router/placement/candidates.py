@@ -70,14 +70,24 @@ class Held(NamedTuple):
     depths: Sequence[tuple[int, int]] = ()
     """(leading prompt tokens, bits of the workers that hold so many), the deepest first. A worker's first
     occurrence counts."""
+    here: Sequence[tuple[int, int]] | None = None
+    """The same without KV that is on its way from another worker; None: there is none."""
 
     def tokens(self, candidate: Candidate) -> int:
         """Leading prompt tokens whose KV `candidate` holds."""
-        bit = candidate.owner_bit
-        for num_tokens, bits in self.depths:
-            if bits & bit:
-                return num_tokens
-        return 0
+        return _leading(self.depths, candidate)
+
+    def tokens_here(self, candidate: Candidate) -> int:
+        """Those that `candidate` need not compute if it starts now: what is on its way comes too late."""
+        return _leading(self.depths if self.here is None else self.here, candidate)
+
+
+def _leading(depths: Sequence[tuple[int, int]], candidate: Candidate) -> int:
+    bit = candidate.owner_bit
+    for num_tokens, bits in depths:
+        if bits & bit:
+            return num_tokens
+    return 0
 
 
 class Pool:

@@ -64,7 +64,7 @@ class Predicted:
         """Of the ways to serve a request that are on the short lists. Scores are summed up as in
         `prediction`, without a Prediction for each."""
         candidates = shortlist(fleet.decode, fleet.held, request.most_tokens)
-        sinks = [sink_of(each, request, fleet.held.tokens(each)) for each in candidates]
+        sinks = [sink_of(each, request, fleet.held) for each in candidates]
         sources = _sources(request, sinks, fleet)
         soonest_s = min([_takes_s(each) for each in sources], default=inf)
         best: Scored | None = None
@@ -88,7 +88,7 @@ class Predicted:
         candidate = sink.candidate
         after_s = sink.step_s + weight * sink.growth_harm_s
         ways: list[tuple[float, Source | None]] = []
-        own_s = prefill_s(candidate, sink.num_missing)
+        own_s = prefill_s(candidate, sink.num_to_compute)
         if own_s * (1 + weight * candidate.running_sequences) + after_s < enough_s:
             local = predict_local(sink)
             ways.append((local.second_token_s + weight * local.harm_s, None))
@@ -169,8 +169,8 @@ def _placement(best: Scored, second: Scored | None, fleet: FleetView) -> Placeme
     option = _option(best, fleet)
     runner_up = None if second is None else _option(second, fleet)
     if source is None:
-        reason = f"local: {option.decode} computes {sink.num_missing} tokens"
-        return Placement(option.decode, None, reason, sink.num_missing, option.predicted, runner_up)
+        reason = f"local: {option.decode} computes {sink.num_to_compute} tokens"
+        return Placement(option.decode, None, reason, sink.num_to_compute, option.predicted, runner_up)
     reason = (
         f"split: {option.prefill} computes {source.num_to_compute} tokens after {source.queue_s:.3f} s, "
         f"{option.decode} misses {sink.num_missing}"

@@ -11,7 +11,7 @@ harm:                 by how much the sequences that run at d are delayed togeth
 from typing import NamedTuple
 
 from pdserve.contract.work import StepCost
-from router.placement.candidates import Candidate
+from router.placement.candidates import Candidate, Held
 from router.placement.policy import PlacementRequest, Prediction
 
 
@@ -31,6 +31,8 @@ class Sink(NamedTuple):
     candidate: Candidate
     num_missing: int
     """Tokens whose KV it does not hold."""
+    num_to_compute: int
+    """Tokens that it would compute itself."""
     room_s: float
     """Until its pool has room."""
     step_s: float
@@ -51,7 +53,7 @@ def source_of(candidate: Candidate, request: PlacementRequest, held_tokens: int)
     )
 
 
-def sink_of(candidate: Candidate, request: PlacementRequest, held_tokens: int) -> Sink:
+def sink_of(candidate: Candidate, request: PlacementRequest, held: Held) -> Sink:
     cost, running, num_tokens = candidate.cost, candidate.running_sequences, request.num_tokens
     growth_s = cost.per_decode_sequence_s + cost.per_context_token_s * num_tokens
     step_s = (
@@ -60,11 +62,13 @@ def sink_of(candidate: Candidate, request: PlacementRequest, held_tokens: int) -
         + cost.per_context_token_s * candidate.context_tokens
         + growth_s
     )
-    num_missing = num_tokens - held_tokens
+    num_missing = num_tokens - held.tokens(candidate)
+    num_to_compute = num_missing if held.here is None else num_tokens - held.tokens_here(candidate)
     room_s = 0.0
     if num_missing > candidate.free_tokens:
         room_s = _room_s(candidate, request, num_missing, step_s)
-    return Sink(candidate, num_missing, room_s, step_s, running * growth_s * request.expected_output_tokens)
+    growth_harm_s = running * growth_s * request.expected_output_tokens
+    return Sink(candidate, num_missing, num_to_compute, room_s, step_s, growth_harm_s)
 
 
 def predict_split(source: Source, sink: Sink, transfer_s: float) -> Prediction:
@@ -76,11 +80,11 @@ def predict_split(source: Source, sink: Sink, transfer_s: float) -> Prediction:
 
 def predict_local(sink: Sink) -> Prediction:
     candidate = sink.candidate
-    own_s = prefill_s(candidate, sink.num_missing)
+    own_s = prefill_s(candidate, sink.num_to_compute)
     prompts_s = prefill_s(candidate, candidate.queued_prefill_tokens) + own_s
     running = candidate.running_sequences
     if running:
-        prompts_s = _beside_decoding_s(candidate, prompts_s, sink.num_missing)
+        prompts_s = _beside_decoding_s(candidate, prompts_s, sink.num_to_compute)
     first_s = sink.room_s + prompts_s
     return Prediction(first_s, first_s + sink.step_s, sink.growth_harm_s + running * own_s)
 

@@ -23,7 +23,7 @@ def place_separately(
     told = explain(decode, fleet)
     if not partners:
         why = f"local: {why_local(decode, sources)}; {told}"
-        return Placement(decode.worker_id, None, why, request.num_tokens - fleet.held.tokens(decode))
+        return Placement(decode.worker_id, None, why, request.num_tokens - fleet.held.tokens_here(decode))
     prefill = pick_prefill(partners)
     why = f"split: {explain(prefill, fleet)}; {told}"
     uncached = request.num_tokens - fleet.held.tokens(prefill)

@@ -115,3 +115,24 @@ def test_the_end_of_a_prompt_is_computed_even_where_all_of_it_is_held() -> None:
             await system.at_rest()
 
     run_virtual(story())
+
+
+def test_a_decode_worker_that_still_waits_for_the_kv_of_a_prompt_has_to_compute_it_like_any_other() -> None:
+    """Although prompts alike are sent after the KV, where it is split."""
+
+    async def story() -> None:
+        async with predicting_system(2, 2) as system:
+            first = Asked(system, 80, 300, seed=1)
+            await until(lambda: first.decodes)
+            siblings = []
+            for _ in range(6):
+                siblings.append(Asked(system, 200, 5, seed=2))
+                await asyncio.sleep(0)
+            for asked in siblings:
+                await asked.reading
+                assert asked.attempt.predicted is not None
+                assert off_by(asked.attempt) < (1.15, 1.15), asked.attempt
+            await first.reading
+            await system.at_rest()
+
+    run_virtual(story())
