@@ -1,7 +1,8 @@
 """Who is about to hold a prefix, before the first report tells: covers bursts of siblings. Pure.
 
-Only some depths of a prompt are noted: the first powers of two and every `_STRIDE` blocks. That is enough to
-send a sibling after the prompt that it shares most with, and cheap for prompts of any length.
+Only some depths of a prompt are noted: the first powers of two, every `_STRIDE` blocks, and all of it. That
+is enough to send a sibling after the prompt that it shares most with, and a twin (another choice, a retry)
+after all of it, and cheap for prompts of any length.
 """
 
 from collections.abc import Sequence
@@ -78,5 +79,6 @@ class PendingOwners:
 
 
 def _depths(num_blocks: int) -> Sequence[int]:
-    first = [depth for depth in _FIRST if depth <= num_blocks]
-    return [*first, *range(_STRIDE, num_blocks + 1, _STRIDE)]
+    first = [depth for depth in _FIRST if depth < num_blocks]
+    last = [num_blocks] if num_blocks else []
+    return [*first, *range(_STRIDE, num_blocks, _STRIDE), *last]

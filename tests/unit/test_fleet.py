@@ -230,6 +230,21 @@ def test_a_prompt_on_its_way_counts_as_held_until_the_worker_reports_that_it_is(
     assert not view.pending
 
 
+@pytest.mark.parametrize("num_blocks", [1, 2, 3, 31, 32, 33, 50])
+def test_a_twin_follows_a_prompt_on_its_way_to_its_end_and_siblings_as_far_as_they_share(
+    num_blocks: int,
+) -> None:
+    fleet = Fleet()
+    fleet.set_members(Members(1, (member("p0", role=Role.PREFILL),)))
+    connect(fleet, "p0")
+    names = [BlockHash(number) for number in range(1, num_blocks + 1)]
+    fleet.book(WorkerId("p0"), "a", Booked(4 * num_blocks, 0), names)
+    assert fleet.view(names, 4, now=2.0).held.depths == [(4 * num_blocks, 1)]
+    longer = [*names, BlockHash(98), BlockHash(99)]
+    ((depth, _),) = fleet.view(longer, 4, now=2.0).held.depths
+    assert num_blocks / 2 <= depth / 4 <= num_blocks
+
+
 def test_a_sibling_on_its_way_is_still_followed_when_the_first_one_is_cancelled() -> None:
     fleet = Fleet()
     fleet.set_members(Members(1, (member("p0", role=Role.PREFILL),)))
