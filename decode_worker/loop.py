@@ -263,16 +263,19 @@ class DecodeLoop:
                 await self._work.wait()
 
     def _admit(self) -> None:
-        """Reserve for the oldest local prompts, and for the next prompt of another worker."""
+        """Reserve for the oldest local prompts, and for the next prompt of another worker. A local prompt
+        waits while one is computed here that begins like it, and then finds that beginning in the cache."""
         if self._isolation.suspect is not None:
             return
+        computing = self.in_phase(Phase.PREFILLING)
         for request in self.in_phase(Phase.WAITING):
             if request.submit.alone:
                 break
-            if request.submit.prefill is None:
+            if request.submit.prefill is None and not any(map(request.needs_next_block_of, computing)):
                 if not self._room.reserve(request):
                     break
                 request.start_prefill(self._clock.now())
+                computing.append(request)
         if not self._calls.num_tokens_in_line:
             self._calls.start_next(self._ledger)
 

@@ -151,6 +151,13 @@ class DecodeRequest:
         self.trace.stage_ends(_STAGES[self.phase])
         self.phase = to
 
+    def needs_next_block_of(self, other: "DecodeRequest") -> bool:
+        """Whether the prompt of `other` is computed, and its next block is one that this prompt has, too."""
+        stop = (other.num_held_blocks + 1) * self._block_size
+        if stop >= self.num_to_prefill or stop > other.num_to_prefill or self.root != other.root:
+            return False
+        return slice_tokens(self.tokens, 0, stop) == slice_tokens(other.tokens, 0, stop)
+
     def start_prefill(self, now: float) -> None:
         """The whole prompt is reserved: this worker computes it."""
         self.move(Phase.PREFILLING)

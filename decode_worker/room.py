@@ -125,10 +125,16 @@ class Room:
             request.no_room_since = request.no_room_since or self._clock.now()
             return False
         request.no_room_since = None
+        self._pin_anew(request)
         self._metrics.prefix_query_tokens.inc(request.num_to_prefill)
         self._metrics.prefix_hit_tokens.inc(request.num_computed)
         request.hold.grow_to(request.num_blocks_to_prefill)
         return True
+
+    def _pin_anew(self, request: DecodeRequest) -> None:
+        """The prefix cache may have more of the prompt than when the request came."""
+        request.hold.unpin()
+        self.pin(request)
 
     def ask_again_ms(self, request: DecodeRequest) -> int:
         """When to try again to reserve. The more older ones wait, the later: else a long queue asks more

@@ -76,6 +76,15 @@ class Attempt:
         """The step count of its decode worker when its last token is there."""
         return self.joined_step + self.num_to_decode
 
+    def needs_next_block_of(self, other: Attempt) -> bool:
+        """As `decode_worker.request.DecodeRequest.needs_next_block_of`."""
+        num_blocks = other.num_computed // self.block_tokens + 1
+        stop = num_blocks * self.block_tokens
+        if stop >= self.num_to_prefill or stop > other.num_to_prefill:
+            return False
+        mine, others = self.request.block_ids, other.request.block_ids
+        return slice_tokens(mine, 0, num_blocks) == slice_tokens(others, 0, num_blocks)
+
     def num_tokens_at(self, step: int) -> int:
         """Tokens with KV when the decode worker has counted `step` steps."""
         return self.num_to_prefill + step - self.joined_step

@@ -168,7 +168,7 @@ class DecodeWorker:
 
     def _admit(self) -> None:
         for attempt in list(self._room.waiting):
-            if attempt.prefill is None:
+            if attempt.prefill is None and not any(map(attempt.needs_next_block_of, self._prefilling)):
                 if not self._room.reserve(attempt, Phase.PREFILLING):
                     return
                 attempt.num_cached = attempt.num_computed

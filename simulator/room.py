@@ -59,6 +59,8 @@ class Room:
             if attempt.no_room_since is None:
                 attempt.no_room_since = self._events.now
             return False
+        attempt.held.unpin()
+        self._pin(attempt)  # the prefix cache may have more of it by now
         attempt.held.grow_to(attempt.num_blocks_to_prefill)
         attempt.phase = phase
         del self.waiting[attempt]

@@ -136,3 +136,17 @@ def test_a_decode_worker_that_still_waits_for_the_kv_of_a_prompt_has_to_compute_
             await system.at_rest()
 
     run_virtual(story())
+
+
+def test_twins_at_a_worker_that_computes_their_prompts_itself_compute_them_once() -> None:
+    async def story() -> None:
+        async with predicting_system(0, 1) as system:
+            twins = [Asked(system, 200, 5) for _ in range(4)]
+            for asked in twins:
+                await asked.reading
+                assert off_by(asked.attempt) == pytest.approx((1, 1), rel=0.15)
+            reports = [asked.attempt.timings for asked in twins]
+            assert [told and told.cached_prompt_tokens_decode for told in reports] == [0, 196, 196, 196]
+            await system.at_rest()
+
+    run_virtual(story())
