@@ -99,7 +99,8 @@ class Pool:
         self._order: list[_Place] = []  # ascending
         self._places: dict[WorkerId, _Place] = {}
         self._num_puts = 0
-        self._by_bit: dict[int, Candidate] = {}
+        self._by_bit: dict[int, Candidate] = {}  # owner bit -> who has it; none has bit 0
+        self._bits = 0  # all of these
         for candidate in candidates:
             self.put(candidate)
 
@@ -122,10 +123,14 @@ class Pool:
 
     def least_loaded_of(self, bits: int, least_pool_tokens: int) -> Candidate | None:
         """The least loaded of the workers with these owner bits whose KV pool takes so many tokens."""
+        bits &= self._bits
+        only = self._by_bit.get(bits)
+        if not bits or only is not None:
+            return None if only is None or only.pool_tokens < least_pool_tokens else only
         if bits.bit_count() > _FEW:
             owners = (each for each in self if each.owner_bit & bits)
             return next((each for each in owners if each.pool_tokens >= least_pool_tokens), None)
-        few = [self._by_bit[bit] for bit in _single_bits(bits) if bit in self._by_bit]
+        few = [self._by_bit[bit] for bit in _single_bits(bits)]
         fitting = [each for each in few if each.pool_tokens >= least_pool_tokens]
         return min(fitting, key=lambda each: each.load_s, default=None)
 
@@ -136,7 +141,9 @@ class Pool:
         self._num_puts += 1
         place = (candidate.load_s, self._num_puts, worker_id)
         self._candidates[worker_id] = candidate
-        self._by_bit[candidate.owner_bit] = candidate
+        if candidate.owner_bit:
+            self._by_bit[candidate.owner_bit] = candidate
+            self._bits |= candidate.owner_bit
         self._places[worker_id] = place
         insort(self._order, place)
 
@@ -145,7 +152,9 @@ class Pool:
         place = self._places.pop(worker_id, None)
         if place is not None:
             del self._order[bisect_left(self._order, place)]
-            self._by_bit.pop(self._candidates.pop(worker_id).owner_bit, None)
+            bit = self._candidates.pop(worker_id).owner_bit
+            self._by_bit.pop(bit, None)
+            self._bits &= ~bit
 
 
 def _single_bits(bits: int) -> Iterator[int]:
