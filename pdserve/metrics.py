@@ -279,9 +279,9 @@ class RouterMetrics:
         )
         self._prediction_ratio = Histogram(
             "pdserve_router_prediction_ratio",
-            "How long an attempt's first or second token took from its submission, divided by what placement "
-            "had predicted; by token and by who computed the prompt: a prefill worker (split), or the decode "
-            "worker itself (local).",
+            "How long an attempt's first or second token took from its submission, divided by what was "
+            "predicted of its placement, whatever the policy; by token and by who computed the prompt: a "
+            "prefill worker (split), or the decode worker itself (local).",
             ["token", "placement"],
             buckets=_PREDICTION_RATIOS,
             registry=registry,

@@ -105,7 +105,7 @@ class AttemptReport:
     timings: RequestTimings | None
     """What its workers have told so far."""
     predicted: Prediction | None = None
-    """Of this placement, from the submission on; None where the policy does not predict."""
+    """Of this placement, from the submission on."""
     runner_up: Option | None = None
     """The best of the placements not chosen."""
 

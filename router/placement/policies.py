@@ -6,6 +6,7 @@ from pdserve.contract.ports import Rng
 from router.placement.balancing import LeastLoaded, PowerOfTwo, RoundRobin
 from router.placement.block_cost import DynamoCost
 from router.placement.cache_aware import SglangCacheAware
+from router.placement.foretold import Foretold
 from router.placement.longest_prefix import LongestPrefix
 from router.placement.policy import PlacementPolicy
 from router.placement.predicted import Predicted
@@ -24,5 +25,7 @@ POLICIES: Mapping[str, Callable[[Rng], PlacementPolicy]] = {
 
 
 def make_policy(name: str, rng: Rng) -> PlacementPolicy:
-    """A policy of that name; `rng` is what it draws from. Raises KeyError for a name that is none."""
-    return POLICIES[name](rng)
+    """A policy of that name, all of whose placements have a prediction; `rng` is what it draws from. Raises
+    KeyError for a name that is none."""
+    policy = POLICIES[name](rng)
+    return policy if isinstance(policy, Predicted) else Foretold(policy)

@@ -81,9 +81,9 @@ class Placement(NamedTuple):
     num_to_compute: int
     """Tokens that whoever computes the prompt does not hold yet."""
     predicted: Prediction | None = None
-    """None where the policy does not predict."""
+    """None where the policy itself does not predict; `foretold` does it for those."""
     runner_up: Option | None = None
-    """The best of those not chosen; None where there is no other, or the policy does not predict."""
+    """The best of those not chosen; None where there is none, or the policy does not compare predictions."""
 
 
 class PlacementPolicy(Protocol):

@@ -25,6 +25,7 @@ from router.placement.prediction import (
     prefill_s,
     sink_of,
     source_of,
+    transfer_s,
 )
 
 HARM_WEIGHT = 1.0
@@ -96,9 +97,9 @@ class Predicted:
             return ways
         for source in sources:
             if fleet.may_pair(source.candidate, candidate):
-                transfer_s = _transfer_s(source, sink, fleet)
+                travels_s = transfer_s(source, sink, fleet)
                 starts_s = source.queue_s if source.queue_s > sink.room_s else sink.room_s
-                takes_s = source.prefill_s if source.prefill_s > transfer_s else transfer_s
+                takes_s = source.prefill_s if source.prefill_s > travels_s else travels_s
                 ways.append((starts_s + takes_s + after_s, source))
         return ways
 
@@ -113,7 +114,7 @@ def _sources(request: PlacementRequest, sinks: Sequence[Sink], fleet: FleetView)
     if len(sources) < 2 or fleet.unusable_pairs or len({each.fingerprint for each in listed}) > 1:
         return sources
     least = min(sources, key=_takes_s)
-    if any(_transfer_s(least, sink, fleet) > least.prefill_s for sink in sinks):
+    if any(transfer_s(least, sink, fleet) > least.prefill_s for sink in sinks):
         return sources
     enough_s = _takes_s(least) * (1 + TIE_SHARE) + TIE_S
     return [
@@ -125,11 +126,6 @@ def _sources(request: PlacementRequest, sinks: Sequence[Sink], fleet: FleetView)
 
 def _takes_s(source: Source) -> float:
     return source.queue_s + source.prefill_s
-
-
-def _transfer_s(source: Source, sink: Sink, fleet: FleetView) -> float:
-    pair = (source.candidate.worker_id, sink.candidate.worker_id)
-    return fleet.kv_speeds.seconds(*pair, sink.num_missing)
 
 
 def shortlist(pool: Pool, held: Held, least_pool_tokens: int) -> list[Candidate]:
@@ -184,5 +180,5 @@ def _option(scored: Scored, fleet: FleetView) -> Option:
     _, sink, source = scored
     if source is None:
         return Option(sink.candidate.worker_id, None, predict_local(sink))
-    predicted = predict_split(source, sink, _transfer_s(source, sink, fleet))
+    predicted = predict_split(source, sink, transfer_s(source, sink, fleet))
     return Option(sink.candidate.worker_id, source.candidate.worker_id, predicted)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from pdserve.contract.work import StepCost
 from router.placement.candidates import Candidate, Held
-from router.placement.policy import PlacementRequest, Prediction
+from router.placement.policy import FleetView, PlacementRequest, Prediction
 
 
 class Source(NamedTuple):
@@ -69,6 +69,12 @@ def sink_of(candidate: Candidate, request: PlacementRequest, held: Held) -> Sink
         room_s = _room_s(candidate, request, num_missing, step_s)
     growth_harm_s = running * growth_s * request.expected_output_tokens
     return Sink(candidate, num_missing, num_to_compute, room_s, step_s, growth_harm_s)
+
+
+def transfer_s(source: Source, sink: Sink, fleet: FleetView) -> float:
+    """How long the KV that `sink` misses travels from `source`."""
+    pair = (source.candidate.worker_id, sink.candidate.worker_id)
+    return fleet.kv_speeds.seconds(*pair, sink.num_missing)
 
 
 def predict_split(source: Source, sink: Sink, transfer_s: float) -> Prediction:

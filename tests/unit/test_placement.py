@@ -96,6 +96,17 @@ def test_without_a_usable_source_the_decode_worker_computes_the_prompt(name: str
 
 
 @pytest.mark.parametrize("name", POLICIES)
+def test_whatever_the_policy_its_choice_is_predicted(name: str) -> None:
+    seen = view([candidate("d0")], [candidate("p0")], {"p0": 50})
+    split = place(name, seen)
+    alone = place(name, seen, alone=True)
+    assert split.predicted is not None
+    assert alone.predicted is not None
+    assert (split.prefill, split.predicted.first_token_s) == ("p0", pytest.approx(0.050 + 0.005))
+    assert (alone.prefill, alone.predicted.first_token_s) == (None, pytest.approx(0.100 + 2 * 0.005))
+
+
+@pytest.mark.parametrize("name", POLICIES)
 def test_a_suspect_uses_no_prefill_worker(name: str) -> None:
     assert place(name, view([candidate("d0")], [candidate("p0")]), alone=True).prefill is None
 
