@@ -221,18 +221,21 @@ class Worker:
         watching = asyncio.create_task(self._executor.watch())
         leaving = asyncio.create_task(self._departure.over())
         tasks = (looping, watching, leaving)
+        has_left = False
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             self._failure = next(task for task in tasks if task.done()).exception()
-            if self._failure is None:
+            has_left = self._failure is None
+            if has_left:
                 self.state = WorkerState.STOPPED
             else:  # a death, which nobody is to excuse
                 self._over.set()
             await server.stop(0.0)
-            if self._failure is None:  # who waits for the end may kill the process then
+            if has_left:  # who waits for the end may kill the process then
                 await self._tracer.close()
         finally:
-            self._over.set()
+            if not has_left:
+                self._over.set()
             for task in tasks:
                 task.cancel()
             try:
@@ -242,6 +245,7 @@ class Worker:
                     if task.done() and not task.cancelled():
                         task.exception()
                 await self.loop.over()
+                self._over.set()  # who has left in good order holds nothing any more
 
     def _give_back(self) -> None:
         self.calls.give_back()

@@ -21,7 +21,7 @@ from pdserve.tracing import OtlpTracer
 from router.listen import bind
 from tests.local_system import LocalSystem
 from tests.otlp_receiver import OtlpReceiver, otlp_receiver
-from tests.ray_cluster import Pdserve
+from tests.ray_cluster import private_pdserve
 from tests.small_models import SmallModel
 
 TRACE_ID, CLIENT_SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -194,13 +194,13 @@ async def test_without_a_tracer_nothing_is_sent_and_nothing_is_answered(chat_mod
 
 
 async def test_a_system_on_ray_sends_its_traces_where_it_is_told(
-    receiver: OtlpReceiver, pdserve: Pdserve, chat_model: SmallModel
+    receiver: OtlpReceiver, chat_model: SmallModel
 ) -> None:
     options = ["--port", "0", "--threads", "1", "--set", "engine.kv_memory=16MiB"]
     options += ["--set", f"tracing.endpoint={receiver.url}", "--set", "name=traced"]
 
     def serve_one() -> None:
-        with pdserve.up("--model", str(chat_model.folder), *options) as up:
+        with private_pdserve() as alone, alone.up("--model", str(chat_model.folder), *options) as up:
             url = f"{up.url}/v1/chat/completions"
             answer = httpx.post(
                 url, json=CHAT, headers={"traceparent": TRACEPARENT}, timeout=30, trust_env=False
