@@ -230,9 +230,11 @@ async def test_decisions_tell_why_and_what_came_of_them(
 ) -> None:
     asks = {"X-Pdserve-Placement": "1"}
     answer = await client.post(f"{system.url}/v1/completions", json=PROMPT, headers=asks)
-    assert answer.headers["x-pdserve-placement"] == "decode=decode-0;prefill=prefill-0"
     report = (await client.get(f"/admin/requests/{answer.headers['x-request-id']}", headers=TOKEN)).json()
     (attempt,) = report["attempts"]
+    workers, _, predicted_s = answer.headers["x-pdserve-placement"].rpartition(";predicted=")
+    assert workers == "decode=decode-0;prefill=prefill-0"
+    assert float(predicted_s) == pytest.approx(attempt["predicted"]["second_token_s"], abs=6e-5)
     listed = (await client.get("/admin/decisions", headers=TOKEN)).json()
     (decision,) = listed["decisions"]
     assert decision["request_id"] == report["request_id"]
