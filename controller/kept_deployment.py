@@ -1,7 +1,8 @@
 """What is wanted of a system, kept where a restarted controller finds it: in Ray's own store.
 
 Ray starts a controller again with the arguments of its first start, so what was changed since then (the sizes
-of pools, a new configuration) has to be somewhere else. Secrets are not among it.
+of pools, a new configuration) has to be somewhere else. The deployment's token and
+keys are not among it; the variables of `pools.*.env` are, so whoever reads Ray's store reads these.
 """
 
 import asyncio

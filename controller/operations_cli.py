@@ -61,7 +61,8 @@ def _add_deadline(parser: argparse.ArgumentParser) -> None:
         "--deadline",
         metavar="S",
         type=float,
-        help="after so many seconds what is left is moved to other workers (default: pools.drain_deadline_s)",
+        help="after so many seconds what is left is moved to other workers of the same model; where none is "
+        "left, it ends with `unavailable` (default: pools.drain_deadline_s)",
     )
     parser.add_argument(
         "--address", help="of the Ray cluster, for a system that was started on another machine"

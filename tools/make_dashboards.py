@@ -95,7 +95,7 @@ def main() -> int:
     stale = [path.name for path, content in files.items() if not path.exists() or path.read_text() != content]
     stale += [path.name for path in FOLDER.glob("*.json") if path not in files]
     if stale:
-        print(f"{', '.join(stale)}: not what tools/make_dashboards.py writes: run it", file=sys.stderr)
+        print(f"{', '.join(stale)}: stale; run `make docs`", file=sys.stderr)
     return 1 if stale else 0
 
 
